@@ -1,0 +1,79 @@
+"""The command line around Hydra's overrides: its flags and its help."""
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from sophia_train.errors import ConfigError
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Split the arguments into flags and overrides.
+
+    Raises:
+        ConfigError: a flag is unknown.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=["job"])
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=Path)
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    try:
+        options = parser.parse_intermixed_args(arguments)
+    except argparse.ArgumentError as error:
+        refuse(str(error))
+    if options.multirun and options.cfg:
+        raise ConfigError("--cfg=job shows one run and -m starts several; use one of them")
+    return options
+
+
+def help_text(configs: Path) -> str:
+    """Write what `--help` prints: usage, the groups with their choices, every key with its default."""
+    groups = sorted(path for path in configs.iterdir() if path.is_dir() and path.name != "__pycache__")
+    width = max(len(group.name) for group in groups) + 1
+    choices = "\n".join(
+        textwrap.fill(
+            " ".join(sorted(path.stem for path in group.glob("*.yaml"))),
+            79,
+            initial_indent=f"  {group.name:<{width}}",
+            subsequent_indent=" " * (width + 2),
+        )
+        for group in groups
+    )
+    keys = (configs / "train.yaml").read_text().partition("\n\n")[2].partition("\ntracker:")[0]
+    return _HELP.format(choices=choices, keys=textwrap.indent(keys.rstrip(), "  "))
+
+
+_HELP = """\
+Train a GPT with Sophia or another optimizer.
+
+usage: python -m sophia_train [experiment=NAME] [GROUP=CHOICE] [KEY=VALUE] ...
+
+  python -m sophia_train experiment=demo          a first run, minutes on a CPU
+  python -m sophia_train experiment=demo optimizer=adamw optimizer.lr=1e-3
+  python -m sophia_train -m experiment=demo optimizer=adamw,sophia_g seed=1,2
+
+flags:
+  --help               this text
+  --cfg job            show all settings of the run, also those in groups, such
+                       as optimizer.lr; --resolve also fills in references
+  -m                   one run after the other for each combination of values
+                       that are separated by commas
+  --config-dir FOLDER  search YAML files of your own before the built-in ones,
+                       such as FOLDER/experiment/mine.yaml
+
+groups and their choices:
+{choices}
+
+keys and their defaults:
+{keys}
+"""

@@ -1,0 +1,1 @@
+"""Reading runs: curves and, over several runs, comparisons."""

@@ -1,0 +1,1 @@
+"""Text to tokens to batches: tokenizers, sources, prepared folders, and the order of training data."""

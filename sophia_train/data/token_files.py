@@ -1,0 +1,221 @@
+"""Token files on disk: prepared folders, nanoGPT `.bin` and llm.c `.bin`, read through one view."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sophia_train.data import manifest
+from sophia_train.data.base import SPLITS, Data, Progress, Split
+from sophia_train.data.manifest import DTYPES, Manifest
+from sophia_train.errors import DataError, MissingInputError
+
+LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
+SCAN_TOKENS = 1 << 22
+
+
+class TokenShard(NamedTuple):
+    """Where the tokens of one file are: `tokens` of `dtype` from byte `offset` on."""
+
+    path: Path
+    dtype: str
+    offset: int
+    tokens: int
+
+
+class Tokens:
+    """The tokens of one split: any number of memory-mapped files, read as if they were one array."""
+
+    def __init__(self, shards: Sequence[TokenShard]) -> None:
+        shards = [shard for shard in shards if shard.tokens]  # nothing can be mapped of an empty file
+        self.paths = [shard.path for shard in shards]
+        # as plain arrays, since slicing a memmap object costs more than the read
+        self._arrays = [np.asarray(np.memmap(s.path, s.dtype, "r", s.offset, (s.tokens,))) for s in shards]
+        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._arrays else 0
+
+    @property
+    def n_shards(self) -> int:
+        """How many files the tokens are in."""
+        return len(self._arrays)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Read `count` tokens from position `start` as int64 [count].
+
+        Raises:
+            IndexError: they are not all there.
+        """
+        if start < 0 or count < 0 or start + count > len(self):
+            raise IndexError(f"tokens {start} to {start + count} of {len(self)}")
+        out = np.empty(count, dtype=np.int64)
+        done = 0
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while done < count:
+            array = self._arrays[shard]
+            first = start + done - (int(self._ends[shard]) - len(array))
+            part = array[first : first + count - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            shard += 1
+        return out
+
+
+def open_prepared(folder: Path, split: Split, tokenizer: str, verify: bool) -> Tokens:
+    """Open one split of a prepared folder.
+
+    Args:
+        folder: with a manifest.
+        split: which one.
+        tokenizer: the name that the manifest must have.
+        verify: compare every shard with its SHA-256, besides its size.
+
+    Raises:
+        MissingInputError: the folder is not prepared, or a shard is missing.
+        DataError: a shard is truncated or altered, or the tokenizer is another one.
+    """
+    record = Manifest.read(folder)
+    if record.tokenizer != tokenizer:
+        raise DataError(
+            f"{folder} was prepared with tokenizer={record.tokenizer}, not with data.tokenizer={tokenizer}; "
+            f"set data.tokenizer={record.tokenizer} or another folder"
+        )
+    shards = [TokenShard(folder / s.file, DTYPES[record.dtype], 0, s.tokens) for s in record.shards[split]]
+    for shard, digest in zip(shards, (s.sha256 for s in record.shards[split]), strict=True):
+        check_shard(shard, digest if verify else None)
+    return Tokens(shards)
+
+
+def check_shard(shard: TokenShard, sha256: str | None) -> None:
+    """Check a prepared shard's size and, unless `sha256` is None, its content; raises as `open_prepared`."""
+    size, expected = _size(shard.path), shard.tokens * np.dtype(shard.dtype).itemsize
+    fix = f"copy it again, or remove {shard.path.parent} and prepare it anew"
+    if size != expected:
+        raise DataError(f"{shard.path} is truncated or altered: {size:,} bytes, not {expected:,}; {fix}")
+    if sha256 is not None:
+        with shard.path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise DataError(f"{shard.path} is altered: its SHA-256 is not the manifest's; {fix}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFiles(Data):
+    """Token files that exist already, of any format found at `path`.
+
+    Args:
+        tokenizer: what the tokens were made with.
+        path: a prepared folder (with `manifest.json`), a folder of `*train*.bin` and `*val*.bin` files, or
+            one `.bin` file. A `.bin` file has llm.c's header or, as in nanoGPT, none; both hold uint16.
+        validation_path: the `.bin` file to validate on, when `path` is one file.
+        verify: read every file once before use: digests in a prepared folder, ids in range elsewhere.
+    """
+
+    tokenizer: str = "gpt2"
+    path: str
+    validation_path: str | None = None
+    verify: bool = True
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Check that both splits are there: token files need no preparation."""
+        if not self._is_prepared():
+            for split in SPLITS:
+                self._files(split)
+
+    def open(self, split: Split) -> Tokens:
+        """Open the tokens of one split.
+
+        Raises:
+            MissingInputError: a file is not there.
+            DataError: a file is truncated, altered, or has ids outside the tokenizer's vocabulary.
+        """
+        if self._is_prepared():
+            return open_prepared(self._path, split, self.tokenizer, self.verify)
+        tokens = Tokens([read_header(path) for path in self._files(split)])
+        if self.verify:
+            self._check_ids(tokens)
+        return tokens
+
+    def describe(self) -> str:
+        """Say in one line what the data is, how many tokens, and where."""
+        data = dataclasses.replace(self, verify=False)
+        train, validation = (len(data.open(split)) for split in SPLITS)
+        return f"token files, {train:,} + {validation:,} {self.tokenizer} tokens in {self.path}"
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.path).expanduser()
+
+    def _is_prepared(self) -> bool:
+        if not self._path.exists():
+            raise MissingInputError(f"data.path={self.path} does not exist; give a folder or a .bin file")
+        return (self._path / manifest.FILE_NAME).exists()
+
+    def _files(self, split: Split) -> list[Path]:
+        path = self._path
+        if path.is_dir():
+            pattern = {"train": "*train*.bin", "validation": "*val*.bin"}[split]
+            files = sorted(path.glob(pattern))
+            if not files:
+                raise MissingInputError(
+                    f"data.path={path} has no manifest.json and no {pattern} file; give a folder with either"
+                )
+            return files
+        if self.validation_path is None:
+            raise MissingInputError(
+                f"data.path={path} is one file; set data.validation_path to the .bin file to validate on"
+            )
+        return [path if split == "train" else Path(self.validation_path).expanduser()]
+
+    def _check_ids(self, tokens: Tokens) -> None:
+        vocab_size = self.load_tokenizer().vocab_size
+        for path, array in zip(tokens.paths, tokens._arrays, strict=True):
+            for start in range(0, len(array), SCAN_TOKENS):
+                largest = int(array[start : start + SCAN_TOKENS].max())
+                if largest >= vocab_size:
+                    raise DataError(
+                        f"{path} holds token {largest}, but data.tokenizer={self.tokenizer} has only "
+                        f"{vocab_size}; set the tokenizer it was made with, or copy it again if it is damaged"
+                    )
+
+
+def read_header(path: Path) -> TokenShard:
+    """Find the tokens of a `.bin` file: all of it, or what follows llm.c's header.
+
+    That header is 256 int32: magic number, version, number of tokens, and zeros.
+
+    Raises:
+        MissingInputError: the file is not there.
+        DataError: its size and its header, or whole 16-bit tokens, do not agree.
+    """
+    size = _size(path)
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(12), dtype="<i4", count=3 if size >= 12 else 0)
+    if len(header) and header[0] == LLMC_MAGIC:
+        version, tokens = int(header[1]), int(header[2])
+        if version != LLMC_VERSION:
+            raise DataError(
+                f"{path} has an llm.c header of version {version}; only {LLMC_VERSION} is known here"
+            )
+        if size != LLMC_HEADER_BYTES + 2 * tokens:
+            raise DataError(
+                f"{path} is truncated or altered: its header says {tokens:,} tokens, which is "
+                f"{LLMC_HEADER_BYTES + 2 * tokens:,} bytes, not {size:,}; copy it again"
+            )
+        return TokenShard(path, "<u2", LLMC_HEADER_BYTES, tokens)
+    if size % 2 or not size:
+        raise DataError(f"{path} is truncated: {size:,} bytes are not whole 16-bit tokens; copy it again")
+    return TokenShard(path, "<u2", 0, size // 2)
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise MissingInputError(f"{path} is missing; copy it again or prepare the data anew")
+    if not os.access(path, os.R_OK):
+        raise MissingInputError(f"{path} cannot be read; mend its permissions")
+    return path.stat().st_size

@@ -1,0 +1,143 @@
+"""Every durable write: temporary name, write, fsync, rename, fsync of the folder.
+
+A reader sees the old content or the new, never a mixture, whenever the process is killed or the disk fills
+up. All functions raise `OSError`, and then leave what was committed before as it was.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def before(operation: str, path: Path) -> None:
+    """Mark the moment before `operation` touches `path`; tests replace this to kill or to fail there."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file at `path` by `content`, all or nothing."""
+    temporary = _temporary(path)
+    try:
+        with _open(temporary, "wb") as file:
+            before("write", temporary)
+            file.write(content)
+            sync_file(file)
+        _rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace the file at `path` by `content` in UTF-8, all or nothing."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace the file at `path` by `content` as indented JSON (NaN refused), all or nothing."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def commit_folder(path: Path, reserve: int = 0) -> Iterator[Path]:
+    """Yield a temporary folder; when the body ends, its files are synced and it becomes `path`.
+
+    Args:
+        path: a folder that does not exist yet, on a file system that renames atomically.
+        reserve: bytes that the body is going to write: checked against the free space first.
+
+    Raises:
+        FileExistsError: `path` exists.
+        OSError: writing failed; nothing is left of the temporary folder.
+    """
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    before("mkdir", temporary)
+    temporary.mkdir(parents=True)
+    try:
+        _check_space(temporary, reserve)
+        yield temporary
+        for file_path in sorted(temporary.rglob("*")):
+            if file_path.is_file():
+                with file_path.open("rb") as file:
+                    sync_file(file)
+        _sync_folder(temporary)
+        _rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a committed folder; a kill on the way leaves a temporary name, never half a folder."""
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    _rename(path, temporary)
+    before("rmtree", temporary)
+    shutil.rmtree(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in `folder` under temporary names."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Reserve `size` bytes for an open file, so that writing it later cannot meet a full disk.
+
+    Raises:
+        OSError: `ENOSPC`, naming the needed and the free bytes.
+    """
+    path = Path(file.name)
+    before("reserve", path)
+    _check_space(path.parent, size)
+    if hasattr(os, "posix_fallocate"):  # macOS has none: there the check above must do
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Flush an open file down to the disk."""
+    before("fsync", Path(file.name))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"disk full: {size:,} bytes needed, {free:,} free", str(folder))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _open(path: Path, mode: str) -> Any:
+    before("open", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open(mode)
+
+
+def _rename(source: Path, target: Path) -> None:
+    before("rename", target)
+    os.replace(source, target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    before("fsync_folder", path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,80 @@
+"""What can end a run, each with its sysexits code; every message is one line that names the fix."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class RunError(Exception):
+    """A run cannot go on. The message is one line for a person: what, its value, and the fix."""
+
+    code = 70
+
+
+class ConfigError(RunError):
+    """A setting is unknown, of the wrong type, out of range, or at odds with another one."""
+
+    code = 64
+
+
+class DataError(RunError):
+    """Data, a checkpoint or the numbers of the training itself are not usable."""
+
+    code = 65
+
+
+class MissingInputError(RunError):
+    """A file or folder that was asked for is not there."""
+
+    code = 66
+
+
+class UnavailableError(RunError):
+    """A service or an optional package that was asked for is not to be had."""
+
+    code = 69
+
+
+class OutputError(RunError):
+    """The run folder cannot be written or belongs to another process."""
+
+    code = 73
+
+
+class StorageError(RunError):
+    """Writing failed half-way, as on a full disk; what was committed before is intact."""
+
+    code = 74
+
+
+class Interrupted(RunError):
+    """The run was asked to stop, saved its state, and can be continued."""
+
+    code = 75
+
+
+def from_os_error(error: OSError) -> RunError:
+    """Say what an error of the operating system means for a run: what failed, where, and what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    if isinstance(error, PermissionError):
+        return OutputError(f"{error.strerror}{where}; choose another run_dir= or change its permissions")
+    return StorageError(
+        f"{error.strerror or error}{where}; make room or mend the disk, and run it again to go on"
+    )
+
+
+def exit_code_of(work: Callable[[], int | None]) -> int:
+    """Do `work` and return its exit code, None being 0.
+
+    What can end a run becomes one `error:` line on stderr, from rank 0 alone, and its code; any other
+    exception is a defect and passes.
+    """
+    try:
+        return work() or 0
+    except RunError as error:
+        failure = error
+    except OSError as error:
+        failure = from_os_error(error)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"error: {' '.join(str(failure).split())}\n")
+    return failure.code

@@ -1,0 +1,209 @@
+"""The settings of a run, typed, and every check that needs the settings alone."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sophia_train import schema_check
+from sophia_train.data.base import Data
+from sophia_train.errors import ConfigError, MissingInputError
+from sophia_train.hessian.base import Estimator, NoHessian
+from sophia_train.models.gpt2 import GPT2Config
+from sophia_train.optim.schedules import Schedule
+from sophia_train.schema_check import Settings, close_to, show
+from sophia_train.trackers.base import Tracker
+from sophia_train.trainer import TrainerConfig
+
+TARGETS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "data": (Data, ("sophia_train.data",)),
+    "schedule": (Schedule, ("sophia_train.optim",)),
+    "hessian": (Estimator, ("sophia_train.hessian",)),
+    "optimizer": (torch.optim.Optimizer, ("sophia_train.optim", "torch.optim", "pytorch_optimizer")),
+    "tracker": (Tracker, ("sophia_train.trackers",)),
+}
+"""What the `_target_` of a group must be, and the packages it may be from; nothing else is ever imported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainerConfig):
+    """All settings of a run; `configs/train.yaml` says what each is for.
+
+    The groups but the model are what their YAML says: a `_target_` and its arguments, for `build`.
+    """
+
+    name: str
+    run_dir: str
+    precision: Literal["auto", "bf16", "fp32"]
+    compile: Literal["auto", True, False]
+    processes: int | None = field(metadata={"min": 1})
+    sample_prompt: str
+    sample_tokens: int = field(metadata={"min": 1})
+    resume: str
+    init_from: str | None
+    dry_run: bool
+
+    model: GPT2Config
+    data: Settings
+    schedule: Settings
+    hessian: Settings
+    optimizer: Settings
+    tracker: dict[str, Settings]
+
+
+def from_json(settings: Settings) -> RunConfig:
+    """Check plain settings, such as `to_json` made, and type them; only known classes are ever built.
+
+    Checked are keys, types and ranges, what the constructors say, and sections against each other.
+
+    Raises:
+        ConfigError: the first thing that is wrong, on one line: key, value, fix.
+        MissingInputError: a folder named by a setting is not there.
+        UnavailableError: the package of a library optimizer is not installed.
+    """
+    owners, sections = _owners(settings)
+    schema_check.check_keys(owners, sections)
+    if settings["precision"] in ("fp16", "float16", "half", 16):
+        raise ConfigError(
+            f"precision={settings['precision']}: Sophia's Hessian pass under a loss scaler gives NaN; "
+            "use bf16, fp32 or auto"
+        )
+    for section, owner in owners.items():
+        schema_check.check_values(section, owner, sections[section])
+    for section in ("model", "data", "schedule", "hessian"):
+        _check_constructor(section, owners[section], [], sections[section])
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))  # an optimizer checks its settings against some
+    _check_constructor("optimizer", owners["optimizer"], [[parameter]], sections["optimizer"])
+    config = RunConfig(**{**settings, "model": GPT2Config(**settings["model"])})
+    _check_text(config)
+    _check_length(config)
+    _check_batch(config)
+    _check_estimator(config, owners["hessian"], owners["optimizer"])
+    _check_start(config)
+    return config
+
+
+def to_json(config: RunConfig) -> Settings:
+    """All settings, every reference resolved, as what JSON can hold."""
+    return dataclasses.asdict(config)
+
+
+def with_processes(config: RunConfig, processes: int) -> RunConfig:
+    """Settle the number of processes of a run.
+
+    Raises:
+        ConfigError: the batch or the Hessian's part of it does not split evenly over them.
+    """
+    config = dataclasses.replace(config, processes=processes)
+    _check_batch(config)
+    return config
+
+
+def build(node: Mapping[str, Any], *arguments: Any, **extra: Any) -> Any:
+    """Instantiate the class that a node names, with the node's arguments after `arguments`.
+
+    Raises:
+        ConfigError: the class is not from one of the packages in `TARGETS`.
+        UnavailableError: its package is not installed.
+    """
+    packages = sorted({package for _, packages in TARGETS.values() for package in packages})
+    owner = schema_check.find_class("_target_", node["_target_"], object, packages)
+    return owner(*arguments, **{**_arguments(node), **extra})
+
+
+def _owners(settings: Settings) -> tuple[dict[str, type], dict[str, Settings]]:
+    """Find the class behind each section, and the keys and values that it is to take."""
+    owners: dict[str, type] = {"": RunConfig}
+    sections: dict[str, Settings] = {"": settings}
+    if isinstance(settings.get("model"), dict):
+        owners["model"], sections["model"] = GPT2Config, settings["model"]
+    for group, (base, packages) in TARGETS.items():
+        content = settings.get(group)
+        if not isinstance(content, dict):
+            continue  # its type is judged with that of all other keys
+        nodes = {group: content}
+        if group == "tracker":  # the one group that may have several nodes
+            nodes = {f"{group}.{name}": node for name, node in content.items()}
+        for name, node in nodes.items():
+            if not isinstance(node, dict) or "_target_" not in node:
+                raise ConfigError(f"{name}={show(node)} has no _target_; choose one with {group}=<name>")
+            owners[name] = schema_check.find_class(f"{name}._target_", node["_target_"], base, packages)
+            sections[name] = _arguments(node)
+    return owners, sections
+
+
+def _arguments(node: Mapping[str, Any]) -> Settings:
+    return {key: value for key, value in node.items() if key != "_target_"}
+
+
+def _check_constructor(section: str, owner: type, first: list[Any], arguments: Settings) -> None:
+    schema_check.check_constructor(section, arguments, lambda values: owner(*first, **values))
+
+
+def _check_text(config: RunConfig) -> None:
+    for key in ("name", "run_dir", "resume", "init_from"):
+        value = getattr(config, key)
+        if value is not None and not (value.strip() and value.isprintable()):
+            raise ConfigError(f"{key}={show(value)} must be text on one line; use {key}=<a name>")
+
+
+def _check_length(config: RunConfig) -> None:
+    if config.max_steps is None and config.max_tokens is None:
+        raise ConfigError("max_steps=null and max_tokens=null: the schedule needs a length; set one of them")
+    steps = config.total_steps(config.model.block_size)
+    length = f"max_steps={steps}" if steps == config.max_steps else f"max_tokens={config.max_tokens}"
+    length += "" if steps == config.max_steps else f" (steps: {steps})"
+    warmup = build(config.schedule).warmup_steps
+    if warmup >= steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={warmup} leaves nothing of {length}; "
+            f"use schedule.warmup_steps={steps // 10}"
+        )
+    if config.stop_at_step is not None and config.stop_at_step > steps:
+        raise ConfigError(f"stop_at_step={config.stop_at_step} is beyond {length}; use {steps} or less")
+
+
+def _check_batch(config: RunConfig) -> None:
+    parts = {"processes": config.processes, "micro_batch_size": config.micro_batch_size}
+    known = {key: value for key, value in parts.items() if value is not None}
+    unit = math.prod(known.values())
+    if config.batch_size % unit:
+        multiple = config.batch_size // unit * unit
+        raise ConfigError(
+            f"batch_size={config.batch_size} is not a multiple of {' x '.join(known)} = "
+            f"{' x '.join(map(str, known.values()))}; "
+            f"use {f'{multiple} or ' if multiple else ''}{multiple + unit}"
+        )
+    estimator, processes = build(config.hessian), config.processes or 1
+    try:
+        estimator.check(config.batch_size, processes)
+    except ValueError as error:
+        size = min(estimator.size(config.batch_size), config.batch_size)
+        fix = f"hessian.batch_size={max(1, size // processes) * processes}"
+        fix = fix if str(error).startswith("batch_size") else f"hessian.groups={processes}"
+        raise ConfigError(f"hessian.{error}; use {fix}") from error
+
+
+def _check_estimator(config: RunConfig, hessian: type, optimizer: type) -> None:
+    if not issubclass(hessian, NoHessian) and not hasattr(optimizer, "update_hessian"):
+        raise ConfigError(
+            f"hessian._target_={config.hessian['_target_']} estimates a Hessian, but "
+            f"optimizer._target_={config.optimizer['_target_']} takes none; "
+            "use hessian=none or optimizer=sophia_g"
+        )
+
+
+def _check_start(config: RunConfig) -> None:
+    words = ["auto", "never", "must"]
+    if config.resume not in words and not Path(config.resume).exists():
+        hint = close_to(config.resume, words)
+        wrong = ConfigError if hint else MissingInputError
+        raise wrong(f"resume={config.resume}: no such folder; {hint or 'use auto, never, must or a run'}")
+    if config.resume == "must" and config.init_from is not None:
+        raise ConfigError(
+            f"init_from={config.init_from} starts a new run, but resume=must continues one; leave one out"
+        )

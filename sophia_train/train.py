@@ -1,0 +1,260 @@
+"""One training run: build everything from its settings, fit, close."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from sophia_train import checkpoint, distributed
+from sophia_train.compare.curves import plot_run
+from sophia_train.data.base import Data
+from sophia_train.data.batches import Batches, validation_blocks
+from sophia_train.data.statistics import LARGEST_BIGRAM_VOCABULARY, ngram_cross_entropy
+from sophia_train.data.tokenizers import Tokenizer
+from sophia_train.errors import ConfigError, RunError, from_os_error
+from sophia_train.hessian.base import HessianUpdater, Replica
+from sophia_train.launch import launch
+from sophia_train.memory import estimate_memory, plan_micro_batch
+from sophia_train.models import convert
+from sophia_train.models.gpt2 import GPT2, GPT2Config
+from sophia_train.optim.groups import decay_groups
+from sophia_train.run_config import RunConfig, build, to_json, with_processes
+from sophia_train.run_folder import RunFolder, environment
+from sophia_train.throughput import Throughput
+from sophia_train.trackers.base import RunInfo, Silent, Tracker, Trackers
+from sophia_train.trackers.jsonl import JsonlTracker
+from sophia_train.trainer import Trainer
+
+logger = logging.getLogger("sophia_train")
+
+
+def main() -> None:
+    """Run `python -m sophia_train` with the overrides of the command line."""
+    launch(train)
+
+
+def train(config: RunConfig) -> None:
+    """Train as the settings say, together with the other processes that the launcher started.
+
+    Raises:
+        RunError: the run cannot start or go on; its code is the exit code.
+        OSError: something could not be read or written.
+    """
+    accelerator = distributed.start(config.precision, config.processes)
+    config = with_processes(config, accelerator.num_processes)
+    data: Data = build(config.data)
+    tokenizer = data.load_tokenizer()
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} words of "
+            f"data.tokenizer={data.tokenizer}; use model.vocab_size={tokenizer.vocab_size}"
+        )
+    if config.sample_interval is not None:
+        tokenizer.encode(config.sample_prompt)  # its vocabulary must be there before training, not after
+    trackers = _trackers(config, accelerator.is_main_process)
+    if config.dry_run:
+        _describe(config, data, accelerator)
+        return
+    folder = RunFolder(Path(config.run_dir), to_json(config))
+    with contextlib.ExitStack() as ownership:
+
+        def claim() -> None:
+            ownership.enter_context(folder.owned())
+            folder.starting_point(config.resume)
+            data.prepare()
+
+        distributed.main_process_first(accelerator, claim)
+        start = folder.starting_point(config.resume)
+        trainer = _build_trainer(config, data, tokenizer, trackers, accelerator)
+        if start is not None:
+            trainer.restore(start)
+        if trainer.finished:
+            logger.info("%s is finished; choose another name= to train anew", folder.path)
+        else:
+            if accelerator.is_main_process:
+                folder.write_start(accelerator.device, accelerator.num_processes)
+            with _tracked(trainer, trackers, folder, config):
+                trainer.fit()
+        if accelerator.is_main_process:
+            folder.write_status(0, "finished", trainer.state.step)
+            _conclude(trainer, data, tokenizer, folder)
+
+
+def _build_trainer(
+    config: RunConfig, data: Data, tokenizer: Tokenizer, trackers: Tracker, accelerator: Accelerator
+) -> Trainer:
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    model = _build_model(config, device)
+    micro_batch_size = _micro_batch_size(config, model, accelerator)
+    if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
+        model.compile()
+    optimizer = build(config.optimizer, decay_groups(model))
+    prepared = accelerator.prepare_model(model)
+    replica = Replica(
+        prepared,
+        micro_batch_size,
+        rank,
+        world_size,
+        functools.partial(accelerator.no_sync, prepared),
+        distributed.sum_over_processes,
+    )
+    throughput = Throughput(device, world_size)
+    block_size = config.model.block_size
+    return Trainer(
+        config,
+        replica=replica,
+        optimizer=optimizer,
+        schedule=build(config.schedule),
+        hessian=HessianUpdater(
+            build(config.hessian),
+            optimizer,
+            replica,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            timed=throughput.hessian,
+        ),
+        batches=Batches(
+            data.open("train"),
+            block_size=block_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+        ),
+        validation=validation_blocks(
+            data.open("validation"), block_size, rank, world_size, micro_batch_size, config.eval_tokens
+        ),
+        trackers=trackers,
+        run_dir=Path(config.run_dir),
+        throughput=throughput,
+        manifest={"config": to_json(config), "environment": environment(device, world_size)},
+        sample=functools.partial(_sample, model, tokenizer, config, device),
+        device=device,
+        total_steps=config.total_steps(block_size),
+    )
+
+
+def _build_model(config: RunConfig, device: torch.device) -> GPT2:
+    """Build the model on its device, with new weights or those of `init_from`."""
+    with torch.device("meta"):
+        model = GPT2(config.model)
+    model.to_empty(device=device)
+    if config.init_from is None:
+        model.initialize(config.seed)
+        return model
+    source = Path(config.init_from)
+    if checkpoint.exists(source):
+        weights, manifest = checkpoint.load_weights(source)
+        theirs = GPT2Config(**manifest["config"]["model"])
+    else:
+        theirs, weights = convert.load_folder(source)
+    _check_same_shape(theirs, config.model, config.init_from)
+    checkpoint.load_parameters(model, weights, config.init_from)
+    return model
+
+
+def _check_same_shape(theirs: GPT2Config, ours: GPT2Config, source: str) -> None:
+    for key, value in dataclasses.asdict(theirs).items():
+        if key != "dropout" and value != getattr(ours, key):
+            raise ConfigError(
+                f"model.{key}={getattr(ours, key)}, but init_from={source} has {value}; "
+                f"set model.{key}={value}"
+            )
+
+
+def _micro_batch_size(config: RunConfig, model: GPT2, accelerator: Accelerator) -> int:
+    if config.micro_batch_size is not None:
+        return config.micro_batch_size
+    device = accelerator.device
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+    sequences = config.batch_size // accelerator.num_processes
+    bf16 = accelerator.mixed_precision == "bf16"
+    return plan_micro_batch(model, config.model, sequences, bf16, memory)
+
+
+def _trackers(config: RunConfig, is_main_process: bool) -> Tracker:
+    if not is_main_process:
+        return Silent()
+    return Trackers(JsonlTracker(), [build(node) for node in config.tracker.values()])
+
+
+def _sample(model: GPT2, tokenizer: Tokenizer, config: RunConfig, device: torch.device) -> str:
+    prompt = tokenizer.encode(config.sample_prompt) or [tokenizer.end_of_text]
+    ids = model.generate(torch.tensor([prompt], device=device), config.sample_tokens, seed=config.seed)
+    return tokenizer.decode(ids[0].tolist())
+
+
+@contextlib.contextmanager
+def _tracked(trainer: Trainer, trackers: Tracker, folder: RunFolder, config: RunConfig) -> Iterator[None]:
+    """Start the trackers; however the body ends, close them, and say in status.json what went wrong."""
+    resumed_from = trainer.state.step or None
+    code = 0
+    trackers.start(RunInfo(folder.path, config.name, to_json(config), resumed_from, trainer.total_steps))
+    try:
+        yield
+    except BaseException as error:
+        reason = from_os_error(error) if isinstance(error, OSError) else error
+        code = reason.code if isinstance(reason, RunError) else RunError.code
+        if trainer.replica.rank == 0:
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                folder.write_status(code, str(reason) or type(reason).__name__, trainer.state.step)
+        raise
+    finally:
+        trackers.close(code)
+
+
+def _conclude(trainer: Trainer, data: Data, tokenizer: Tokenizer, folder: RunFolder) -> None:
+    """Draw the loss curve, and print the result beside what counting words achieves on the same text."""
+    state = trainer.state
+    baselines = {}
+    if tokenizer.vocab_size <= LARGEST_BIGRAM_VOCABULARY:
+        splits = data.open("train"), data.open("validation")
+        baselines["unigram"] = ngram_cross_entropy(*splits, tokenizer.vocab_size, 1)
+        baselines["bigram"] = ngram_cross_entropy(*splits, tokenizer.vocab_size, 2)
+    figure = plot_run(folder.path, baselines)
+    table = Table.grid(padding=(0, 2))
+    table.add_row("validation loss", f"{trainer.validation_loss:.3f} nats a token")
+    for name, value in baselines.items():
+        table.add_row(f"  {name} model", f"{value:.3f}")
+    table.add_row("steps, tokens", f"{state.step:,}, {state.tokens:,}")
+    table.add_row("time", f"{state.seconds / 60:.1f} min")
+    table.add_row("loss curve", str(figure))
+    Console(highlight=False).print(table)
+
+
+def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
+    """Print what a run would be (`dry_run=true`)."""
+    with torch.device("meta"):
+        model = GPT2(config.model)
+    build(config.optimizer, decay_groups(model))
+    build(config.hessian)
+    build(config.schedule)
+    size = _micro_batch_size(config, model, accelerator)
+    memory = estimate_memory(model, config.model, size, accelerator.mixed_precision == "bf16")
+    steps = config.total_steps(config.model.block_size)
+    tokens = config.batch_size * config.model.block_size
+    passes = config.batch_size // (accelerator.num_processes * size)
+    rows = {
+        "run folder": config.run_dir,
+        "data": data.describe(),
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "batch": f"{config.batch_size} x {config.model.block_size} = {tokens:,} tokens: "
+        f"{accelerator.num_processes} process(es) x {passes} micro-batches of {size}",
+        "steps": f"{steps:,}",
+        "tokens": f"{steps * tokens:,}",
+        "FLOPs": f"{steps * tokens * model.flops_per_token():.3g}, without the Hessian's",
+        "memory": f"about {memory.total / 1e9:.1f} GB a device: states {memory.states / 1e9:.1f}, "
+        f"activations {memory.activations / 1e9:.1f}, logits {memory.logits / 1e9:.1f}",
+    }
+    if accelerator.is_main_process:
+        table = Table.grid(padding=(0, 2))
+        for name, value in rows.items():
+            table.add_row(name, value)
+        Console(highlight=False).print(table)

@@ -1,0 +1,143 @@
+"""Who may import whom: the table of the README's architecture section, read off the source."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "sophia_train"
+
+# The layer of each module or folder. It may import what is in a lower layer, its own folder, and FOUNDATIONS;
+# the top layer, which puts everything together, also itself. So models and optim never see each other.
+LAYERS = {
+    "__init__": 0,
+    "durable": 0,
+    "errors": 0,
+    "seeds": 0,
+    "models": 0,
+    "optim": 0,
+    "data": 0,
+    "trackers": 0,
+    "distributed": 1,
+    "gradients": 1,
+    "state": 1,
+    "checkpoint": 2,
+    "evaluation": 2,
+    "hessian": 2,
+    "memory": 2,
+    "throughput": 2,
+    "compare": 3,
+    "run_folder": 3,
+    "trainer": 3,
+    "__main__": 4,
+    "command_line": 4,
+    "config": 4,
+    "launch": 4,
+    "run_config": 4,
+    "schema_check": 4,
+    "sweep": 4,
+    "train": 4,
+    "scripts": 4,
+}
+FOUNDATIONS = {"durable", "errors", "seeds"}
+
+# Third-party libraries below layer 4 and the modules that may import them; torch and numpy may be anywhere.
+LIBRARIES = {
+    "accelerate": {"distributed", "trainer"},
+    "filelock": {"run_folder", "data/prepare"},
+    "matplotlib": {"compare/curves"},
+    "psutil": {"distributed"},
+    "rich": {"trackers/console", "distributed"},
+    "safetensors": {"checkpoint", "models/convert"},
+    "tensorboard": {"trackers/tensorboard"},
+    "tiktoken": {"data/tokenizers"},
+    "transformers": {"models/convert"},
+    "wandb": {"trackers/wandb"},
+    "zstandard": {"data/text_files"},
+}
+# These are in one place wherever it is, layer 4 included: they are optional, slow to import, or both.
+CONFINED = {"tiktoken", "transformers", "wandb", "tensorboard", "zstandard"}
+
+
+def sources() -> list[Path]:
+    return sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
+
+
+def module_of(path: Path) -> str:
+    """`optim/sophia` for a module of the package, `scripts/sample` for a script."""
+    base = PACKAGE if path.is_relative_to(PACKAGE) else ROOT
+    name = path.relative_to(base).with_suffix("").as_posix()
+    return name.removesuffix("/__init__")
+
+
+def part_of(module: str) -> str:
+    """The module or the folder as the table of layers has it."""
+    return module.partition("/")[0]
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            if node.module in ("sophia_train", "torch.utils"):  # the names are modules themselves
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The modules and folders of our own package that a file imports."""
+    return {name.split(".")[1] for name in imports_of(path) if name.startswith("sophia_train.")}
+
+
+def libraries_of(path: Path) -> set[str]:
+    """Third-party libraries that a file imports."""
+    names = {"tensorboard" if "tensorboard" in name else name.partition(".")[0] for name in imports_of(path)}
+    return {name for name in names if name not in sys.stdlib_module_names and name != "sophia_train"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_of)
+def test_imports_point_downwards(path):
+    part = part_of(module_of(path))
+    assert part in LAYERS, f"{part} has no layer yet: give it one in the table above"
+    for other in imported_parts(path) - {part} - FOUNDATIONS:
+        below = LAYERS[other] < LAYERS[part]
+        assert below or LAYERS[other] == LAYERS[part] == 4, f"{path} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_of)
+def test_libraries_are_where_they_belong(path):
+    module = module_of(path)
+    for library in libraries_of(path) - {"torch", "numpy"}:
+        at_the_top = LAYERS[part_of(module)] == 4 and library not in CONFINED
+        assert at_the_top or module in LIBRARIES.get(library, set()), f"{path} imports {library}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "optim").glob("*.py")), ids=module_of)
+def test_optimizers_need_torch_only(path):
+    assert libraries_of(path) <= {"torch"}
+    assert imported_parts(path) <= {"optim"}
+
+
+@pytest.mark.parametrize("library", ["hydra", "omegaconf"])
+def test_hydra_is_in_the_top_layer_only(library):
+    for path in sources():
+        if library in libraries_of(path):
+            assert LAYERS[part_of(module_of(path))] == 4, f"{path} imports {library}"
+
+
+@pytest.mark.parametrize("library", sorted(CONFINED))
+def test_each_confined_library_is_imported_in_one_module(library):
+    importers = [module_of(path) for path in sources() if library in libraries_of(path)]
+    assert len(importers) <= 1, f"{library} is imported in {importers}"
+
+
+def test_the_table_has_no_dead_lines():
+    assert set(LAYERS) - {"scripts"} <= {part_of(module_of(path)) for path in sources()}

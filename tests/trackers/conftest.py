@@ -1,0 +1,29 @@
+import pytest
+
+from sophia_train.trackers.base import RunInfo
+
+
+@pytest.fixture
+def run_info(tmp_path):
+    """Describe a run in a temporary folder, new or resumed."""
+
+    def describe(resumed_from_step=None, total_steps=100):
+        return RunInfo(
+            run_dir=tmp_path,
+            name="trial",
+            config={"model": {"n_layer": 2}, "seed": 1},
+            resumed_from_step=resumed_from_step,
+            total_steps=total_steps,
+        )
+
+    return describe
+
+
+@pytest.fixture
+def record():
+    """Make the metrics of one step."""
+
+    def make(step, **metrics):
+        return {"step": step, "tokens": 64 * step, "seconds": 0.5 * step, "flops": 1e6 * step, **metrics}
+
+    return make
