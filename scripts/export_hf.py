@@ -9,38 +9,29 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
 from sophia_train import checkpoint
-from sophia_train.errors import ConfigError, OutputError, RunError, exit_code
+from sophia_train.command_line import Parser
+from sophia_train.errors import OutputError, exit_code_of
 from sophia_train.models import convert
 from sophia_train.models.gpt2 import GPT2Config
 
 
 def main(arguments: Sequence[str]) -> int:
     """Do what the arguments say; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return exit_code_of(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str]) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist"
     )
-
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    try:
-        options = parser.parse_args(arguments)
-        report = export(options.run, options.out)
-    except (RunError, OSError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
-        return exit_code(error)
-    Console(highlight=False, soft_wrap=True).print(report, markup=False)
-    return 0
+    options = parser.parse_args(arguments)
+    Console(highlight=False, soft_wrap=True).print(export(options.run, options.out), markup=False)
 
 
 def export(run: Path, out: Path) -> str:

@@ -9,28 +9,35 @@ from typing import NoReturn
 from sophia_train.errors import ConfigError
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises `ConfigError` for a wrong argument, where argparse would print its usage and exit with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        raise ConfigError(f"{message}; see --help")
+
+
+def whole_number(text: str) -> int:
+    """Read the value of an option that counts something: at least 1."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Split the arguments into flags and overrides.
 
     Raises:
         ConfigError: a flag is unknown.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--cfg", "-c", choices=["job"])
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=Path)
-
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    try:
-        options = parser.parse_intermixed_args(arguments)
-    except argparse.ArgumentError as error:
-        refuse(str(error))
+    options = parser.parse_intermixed_args(arguments)
     if options.multirun and options.cfg:
         raise ConfigError("--cfg=job shows one run and -m starts several; use one of them")
     return options

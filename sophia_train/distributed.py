@@ -100,7 +100,7 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], None]) -> No
         sys.exit(1)  # rank 0 has said why
 
 
-class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
+class _StandardError(logging.StreamHandler):
     """Writes to what `sys.stderr` is at that moment: a live progress line puts itself in its place."""
 
     @property

@@ -107,6 +107,8 @@ def _build_trainer(
     )
     throughput = Throughput(device, world_size)
     block_size = config.model.block_size
+    training, validation = data.open("train"), data.open("validation")
+    fingerprints = {"train": training.fingerprint(), "validation": validation.fingerprint()}
     return Trainer(
         config,
         replica=replica,
@@ -121,7 +123,7 @@ def _build_trainer(
             timed=throughput.hessian,
         ),
         batches=Batches(
-            data.open("train"),
+            training,
             block_size=block_size,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -129,12 +131,16 @@ def _build_trainer(
             world_size=world_size,
         ),
         validation=validation_blocks(
-            data.open("validation"), block_size, rank, world_size, micro_batch_size, config.eval_tokens
+            validation, block_size, rank, world_size, micro_batch_size, config.eval_tokens
         ),
         trackers=trackers,
         run_dir=Path(config.run_dir),
         throughput=throughput,
-        manifest={"config": to_json(config), "environment": environment(device, world_size)},
+        manifest={
+            "config": to_json(config),
+            "environment": environment(device, world_size),
+            "data": fingerprints,
+        },
         sample=functools.partial(_sample, model, tokenizer, config, device),
         device=device,
         total_steps=config.total_steps(block_size),

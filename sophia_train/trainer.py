@@ -34,23 +34,23 @@ logger = logging.getLogger("sophia_train")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """The numbers of a training run."""
+    """The numbers of a training run; `configs/train.yaml` has their defaults and says what each is."""
 
-    seed: int = field(default=1337, metadata={"min": 0})
-    batch_size: int = field(default=480, metadata={"min": 1})  # sequences a step, over all processes
-    micro_batch_size: int | None = field(default=None, metadata={"min": 1})  # None: see `plan_micro_batch`
-    max_steps: int | None = field(default=100_000, metadata={"min": 1})
-    max_tokens: int | None = field(default=None, metadata={"min": 1})
-    max_seconds: float | None = field(default=None, metadata={"min": 0})
-    stop_at_step: int | None = field(default=None, metadata={"min": 1})
-    gradient_clip: float | None = field(default=1.0, metadata={"min": 0})
-    max_skipped_steps: int = field(default=10, metadata={"min": 0})  # in a row
-    log_interval: int = field(default=10, metadata={"min": 1})
-    eval_interval: int = field(default=1000, metadata={"min": 1})
-    eval_tokens: int | None = field(default=None, metadata={"min": 1})  # None: the whole validation set
-    save_interval: int = field(default=1000, metadata={"min": 1})
-    keep_checkpoints: int = field(default=2, metadata={"min": 1})
-    sample_interval: int | None = field(default=None, metadata={"min": 1})
+    seed: int = field(metadata={"min": 0})
+    batch_size: int = field(metadata={"min": 1})  # sequences a step, over all processes
+    micro_batch_size: int | None = field(metadata={"min": 1})
+    max_steps: int | None = field(metadata={"min": 1})
+    max_tokens: int | None = field(metadata={"min": 1})
+    max_seconds: float | None = field(metadata={"above": 0})
+    stop_at_step: int | None = field(metadata={"min": 1})
+    gradient_clip: float | None = field(metadata={"above": 0})
+    max_skipped_steps: int = field(metadata={"min": 0})
+    log_interval: int = field(metadata={"min": 1})
+    eval_interval: int = field(metadata={"min": 1})
+    eval_tokens: int | None = field(metadata={"min": 1})
+    save_interval: int = field(metadata={"min": 1})
+    keep_checkpoints: int = field(metadata={"min": 1})
+    sample_interval: int | None = field(metadata={"min": 1})
 
     def total_steps(self, block_size: int) -> int:
         """Length of the run and of its schedule: the lesser of `max_steps` and `max_tokens`."""
@@ -220,8 +220,19 @@ class Trainer:
         return self.state.step >= self.total_steps or (limit is not None and self.state.seconds >= limit)
 
     def restore(self, path: Path) -> None:
-        """Take up the state of a checkpoint, bitwise."""
+        """Take up the state of a checkpoint, bitwise.
+
+        Raises:
+            DataError: the checkpoint is damaged, or of a run on other data.
+            ConfigError: it is of another model or optimizer.
+        """
         manifest = checkpoint.restore(path, self.unwrapped, self.optimizer)
+        for split, fingerprint in self.manifest["data"].items():
+            if manifest["data"][split] != fingerprint:
+                raise DataError(
+                    f"the {split} tokens are not those that {path} was trained with; "
+                    "bring them back, or choose another name= for a new run"
+                )
         self.state = TrainState(**manifest["state"])
         self.hessian.load_state_dict(manifest["hessian"])
         self.validation_loss = manifest["validation_loss"]

@@ -1,6 +1,11 @@
-"""A small run built by hand, for tests that need more than the command line gives: float64, other data."""
+"""What several tests need: small runs of the command line, and one built by hand for float64 and other data."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +96,7 @@ def build(run_dir: Path, *, optimizer="sophia", dtype=torch.float32, micro_batch
         trackers=trackers,
         run_dir=run_dir,
         throughput=throughput,
-        manifest={"config": {}},
+        manifest={"config": {}, "data": {"train": tokens.fingerprint()}},
         sample=lambda: "",
         device=accelerator.device,
         total_steps=config.total_steps(MODEL.block_size),
@@ -103,3 +108,103 @@ def start_trackers(trainer: Trainer, run_dir: Path) -> None:
     """Begin or go on with the metrics, as `train` does."""
     resumed_from = trainer.state.step or None
     trainer.trackers.start(RunInfo(run_dir, "test", {}, resumed_from, trainer.total_steps))
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    "data=token_files data.tokenizer=bytes model=gpt2_nano model.n_layer=1 model.n_head=2 model.n_embd=16 "
+    "model.block_size=8 max_steps=6 batch_size=4 micro_batch_size=2 schedule.warmup_steps=2 log_interval=1 "
+    "eval_interval=3 save_interval=2 keep_checkpoints=2 tracker=jsonl hessian.interval=2 eval_tokens=64"
+).split()
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run of the command line ended."""
+
+    code: int  # exit code, or minus the number of the signal that killed it
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+class Runs:
+    """Runs the command line, each time in a fresh child of one process that has imported everything."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._count = 0
+        self._server: subprocess.Popen | None = None
+
+    def __call__(self, *arguments, **options) -> Ended:
+        return self.wait(self.start(*arguments, **options))
+
+    def start(self, *arguments, hooks=(), environment=None, cwd=None, timeout=120) -> tuple[int, Path]:
+        """Start a run and go on; `hooks` are calls of functions of `worker_runs.py`: name, arguments."""
+        self._count += 1
+        output = self.folder / f"run_{self._count}"
+        request = {
+            "start": [str(argument) for argument in arguments],
+            "cwd": str(cwd or self.folder),
+            "environment": environment or {},
+            "hooks": list(hooks),
+            "output": str(output),
+            "timeout": timeout,
+        }
+        return self._ask(request)["pid"], output
+
+    def wait(self, started: tuple[int, Path]) -> Ended:
+        pid, output = started
+        code = self._ask({"wait": pid})["code"]
+        out, err = (output.with_suffix(f".{name}").read_text() for name in ("stdout", "stderr"))
+        return Ended(code, out, err)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.stdin.close()
+            self._server.stdout.close()
+            self._server.wait()
+
+    def _ask(self, request):
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "worker_runs.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **ENVIRONMENT},
+            )
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+def records(run_dir: Path) -> list[dict]:
+    """The metrics of a run without what a clock measured."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds", "perf/"))} for line in lines]
+
+
+def result(run_dir: Path) -> dict:
+    """What a run has come to: everything but clock readings and older checkpoints."""
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    return {
+        "step": newest.name,
+        "files": manifest["files"],  # with the digests of weights and optimizer state
+        "state": {key: value for key, value in manifest["state"].items() if key != "seconds"},
+        **{key: manifest[key] for key in ("optimizer", "hessian", "validation_loss")},
+        "metrics": records(run_dir),
+        "samples": {path.name: path.read_text() for path in run_dir.glob("samples/*")},
+        "status": json.loads((run_dir / "status.json").read_text()),
+        "temporary": [str(path) for path in run_dir.rglob(".*.tmp")],
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder; nothing if it does not exist."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -19,6 +19,9 @@ LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
 SCAN_TOKENS = 1 << 22
 
 
+N_SAMPLES, SAMPLE_TOKENS = 64, 1024  # what a fingerprint reads
+
+
 class TokenShard(NamedTuple):
     """Where the tokens of one file are: `tokens` of `dtype` from byte `offset` on."""
 
@@ -65,6 +68,13 @@ class Tokens:
             done += len(part)
             shard += 1
         return out
+
+    def fingerprint(self) -> str:
+        """Digest of the number of tokens and of 64 samples of them, the same however they are sharded."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        for start in np.linspace(0, max(0, len(self) - SAMPLE_TOKENS), N_SAMPLES, dtype=np.int64):
+            digest.update(self.read(int(start), min(SAMPLE_TOKENS, len(self))).astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def open_prepared(folder: Path, split: Split, tokenizer: str, verify: bool) -> Tokens:

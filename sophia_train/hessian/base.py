@@ -4,7 +4,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -105,6 +105,9 @@ class Estimator(ABC):
 @dataclass(frozen=True, kw_only=True)
 class NoHessian(Estimator):
     """For optimizers that take no Hessian, and for a Sophia that is to stay with h = 0 (clipping only)."""
+
+    interval: int = field(default=1, init=False)  # not settings here
+    batch_size: int | None = field(default=None, init=False)
 
     passes: ClassVar[float] = 0.0
 

@@ -203,6 +203,7 @@ class GPT2(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 0,
+        words: int | None = None,
     ) -> Tensor:
         """Continue a text word by word.
 
@@ -212,13 +213,14 @@ class GPT2(nn.Module):
             temperature: divides the logits; 0 takes the most likely word.
             top_k: sample among the k most likely words only.
             seed: the continuation is a pure function of the weights, the text and this number.
+            words: choose among the first so many words only: a tokenizer may have fewer than the model.
 
         Returns:
             (B, T + new_tokens) int64 ids.
         """
         generator = torch.Generator(device=idx.device).manual_seed(seed)
         for _ in range(new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[:, -1].float()
+            logits = self(idx[:, -self.config.block_size :])[:, -1, :words].float()
             if temperature == 0:
                 following = logits.argmax(dim=-1, keepdim=True)
             else:

@@ -1,0 +1,121 @@
+"""Continue a text with the model of a run.
+
+    python scripts/sample.py RUN --prompt TEXT [--tokens N] [--temperature T] [--top-k K] [--samples N]
+
+RUN is a run folder (its newest checkpoint is taken), a checkpoint's folder, or a Hugging Face GPT-2 folder.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sophia_train import checkpoint
+from sophia_train.command_line import Parser, whole_number
+from sophia_train.data.tokenizers import Tokenizer, load_tokenizer
+from sophia_train.errors import ConfigError, UnavailableError, exit_code_of
+from sophia_train.models import convert
+from sophia_train.models.gpt2 import GPT2, GPT2Config
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what the arguments say; returns the exit code."""
+    return exit_code_of(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str]) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run, a checkpoint, or a Hugging Face folder")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; may be empty")
+    parser.add_argument(
+        "--tokens", type=whole_number, default=256, metavar="N", help="how many to add (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=1.0,
+        metavar="T",
+        help="divides the logits; 0 takes the likeliest token (%(default)s)",
+    )
+    parser.add_argument(
+        "--top-k", type=whole_number, metavar="K", help="choose among the K likeliest tokens only"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1337,
+        metavar="S",
+        help="of the first sample (%(default)s); then S + 1 ...",
+    )
+    parser.add_argument(
+        "--samples", type=whole_number, default=1, metavar="N", help="how many continuations (%(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="where to compute (cuda where there is one)"
+    )
+    options = parser.parse_args(arguments)
+    device = _device(options.device)
+    model, tokenizer = load(options.run)
+    model.to(device).eval()
+    prompt = torch.tensor([tokenizer.encode(options.prompt) or [tokenizer.end_of_text]], device=device)
+    for number in range(options.samples):
+        ids = model.generate(
+            prompt,
+            options.tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed + number,
+            words=tokenizer.vocab_size,
+        )
+        separator = "\n---\n" if number else ""
+        sys.stdout.write(f"{separator}{tokenizer.decode(ids[0].tolist())}\n")
+        sys.stdout.flush()
+
+
+def load(run: Path) -> tuple[GPT2, Tokenizer]:
+    """Load a model and the tokenizer that its text was made with.
+
+    Args:
+        run: a run folder, a checkpoint or a Hugging Face folder.
+
+    Raises:
+        MissingInputError: there is no model.
+        DataError: what is there is damaged.
+        ConfigError: a Hugging Face folder holds something else than a GPT-2 over GPT-2's vocabulary.
+    """
+    if (run / convert.CONFIG).is_file() and not (run / "checkpoints").is_dir() and not checkpoint.exists(run):
+        config, weights = convert.load_folder(run)
+        tokenizer = load_tokenizer("gpt2")
+        if config.vocab_size < tokenizer.vocab_size:
+            raise ConfigError(
+                f"{run} holds a model of {config.vocab_size:,} words, fewer than the "
+                f"{tokenizer.vocab_size:,} of GPT-2's tokenizer; give the run that it was exported from"
+            )
+    else:
+        weights, manifest = checkpoint.load_weights(run)
+        config = GPT2Config(**manifest["config"]["model"])
+        tokenizer = load_tokenizer(manifest["config"]["data"]["tokenizer"])
+    model = GPT2(config)
+    checkpoint.load_parameters(model, weights, str(run))
+    return model, tokenizer
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def _device(name: str | None) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UnavailableError("--device cuda, but torch sees no GPU; use --device cpu")
+    return torch.device(name or ("cuda" if available else "cpu"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Run as a program: forks a child for each run asked for, so that only the first import takes its time.
+
+Reads requests from stdin, one JSON object a line, and answers each on stdout:
+{"start": arguments, "cwd", "environment", "hooks", "output", "timeout"} -> {"pid"}; {"wait": pid} -> {"code"}.
+A run is `launch.run` with the real `train`, after its hooks: names of functions below, with arguments.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sophia_train.trainer
+from sophia_train import durable, launch
+from sophia_train.data.batches import Batches
+from sophia_train.train import train
+
+
+def at_step(step: int, action: Callable[[], None]) -> None:
+    """Do something when `step` steps are completed and the next one begins."""
+    original = Batches.batch
+
+    def batch(self: Batches, number: int) -> Any:
+        if number == step:
+            action()
+        return original(self, number)
+
+    Batches.batch = batch
+
+
+def send_signal(step: int, name: str) -> None:
+    at_step(step, lambda: os.kill(os.getpid(), signal.Signals[name]))
+
+
+def send_signal_inside_a_save(name: str) -> None:
+    def before(operation: str, path: Path) -> None:
+        if path.name == "optimizer.safetensors":
+            os.kill(os.getpid(), signal.Signals[name])
+
+    durable.before = before
+
+
+def pause(step: int, ready: str, go: str) -> None:
+    """Open the named pipe `ready` for writing, and wait until `go` is opened for writing."""
+
+    def wait() -> None:
+        Path(ready).open("w").close()
+        Path(go).open().close()
+
+    at_step(step, wait)
+
+
+def spoil_gradient(steps: list[int], value: str) -> None:
+    """Put one value into one gradient of the steps that follow so many completed ones."""
+    original = sophia_train.trainer.accumulate_gradients
+
+    for step in steps:
+
+        def spoil() -> None:
+            def accumulate(model: Any, *arguments: Any, **keywords: Any) -> Any:
+                loss = original(model, *arguments, **keywords)
+                list(model.parameters())[-1].grad.view(-1)[3] = float(value)
+                sophia_train.trainer.accumulate_gradients = original
+                return loss
+
+            sophia_train.trainer.accumulate_gradients = accumulate
+
+        at_step(step, spoil)
+
+
+def hide_package(name: str) -> None:
+    """Let `import name` fail as if it were not installed."""
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        del sys.modules[module]
+    sys.modules[name] = None
+
+
+HOOKS = {
+    function.__name__: function
+    for function in (send_signal, send_signal_inside_a_save, pause, spoil_gradient, hide_package)
+}
+
+
+def child(request: dict[str, Any]) -> int:
+    os.chdir(request["cwd"])
+    os.environ.update(request["environment"])
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{request['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    signal.alarm(request["timeout"])
+    sys.argv[1:] = request["start"]
+    for name, *arguments in request["hooks"]:
+        HOOKS[name](*arguments)
+    return launch.run(request["start"], train)
+
+
+def start(request: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        code = child(request)
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            answer = {"pid": start(request)}
+        else:
+            answer = {"code": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
