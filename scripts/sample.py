@@ -35,7 +35,7 @@ def _run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=_temperature,
+        type=temperature,
         default=1.0,
         metavar="T",
         help="divides the logits; 0 takes the likeliest token (%(default)s)",
@@ -48,7 +48,7 @@ def _run(arguments: Sequence[str]) -> None:
         type=int,
         default=1337,
         metavar="S",
-        help="of the first sample (%(default)s); then S + 1 ...",
+        help="of the first sample, then S + 1 (%(default)s)",
     )
     parser.add_argument(
         "--samples", type=whole_number, default=1, metavar="N", help="how many continuations (%(default)s)"
@@ -86,7 +86,7 @@ def load(run: Path) -> tuple[GPT2, Tokenizer]:
         DataError: what is there is damaged.
         ConfigError: a Hugging Face folder holds something else than a GPT-2 over GPT-2's vocabulary.
     """
-    if (run / convert.CONFIG).is_file() and not (run / "checkpoints").is_dir() and not checkpoint.exists(run):
+    if (run / convert.CONFIG).is_file() and not (run / "metrics.jsonl").is_file():  # a run has both
         config, weights = convert.load_folder(run)
         tokenizer = load_tokenizer("gpt2")
         if config.vocab_size < tokenizer.vocab_size:
@@ -103,7 +103,8 @@ def load(run: Path) -> tuple[GPT2, Tokenizer]:
     return model, tokenizer
 
 
-def _temperature(text: str) -> float:
+def temperature(text: str) -> float:
+    """Read a temperature: a number of at least 0."""
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")

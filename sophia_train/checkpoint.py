@@ -63,6 +63,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra:
             "format_version": FORMAT_VERSION,
             "step": step,
             **extra,
+            "optimizer_class": type(optimizer).__name__,
             "optimizer": optimizer_state,
             "files": {name: _fingerprint(temporary / name) for name in parts},
         }
@@ -74,12 +75,12 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra:
 
 def latest(folder: Path) -> Path | None:
     """Find the newest checkpoint of a run, or None."""
-    return max(_all(folder), default=None)
+    return next(reversed(_all(folder)), None)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what killed processes left behind."""
-    for path in sorted(_all(folder))[:-keep]:
+    for path in _all(folder)[:-keep]:
         durable.remove_folder(path)
     durable.remove_leftovers(folder)
 
@@ -144,6 +145,8 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
     load_parameters(model, _load(path / "model.safetensors"), str(path))
     tensors = _load(path / "optimizer.safetensors")
     try:
+        if manifest["optimizer_class"] != type(optimizer).__name__:
+            raise ValueError(f"it is of {manifest['optimizer_class']}")
         by_name = _unflatten(manifest["optimizer"], tensors)
         _load_state_by_name(model, optimizer, by_name)
     except (KeyError, ValueError, TypeError) as error:
@@ -207,7 +210,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _all(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)]
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -251,6 +255,20 @@ def _load_state_by_name(model: nn.Module, optimizer: Optimizer, by_name: dict[st
     groups = [{**g, "params": [numbers[name] for name in g["params"]]} for g in by_name["param_groups"]]
     state = {numbers[name]: s for name, s in by_name["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for name, parameter in model.named_parameters():
+        if name in by_name["state"]:  # torch has cast it all to the type of the parameter
+            optimizer.state[parameter] = _as_saved(by_name["state"][name], optimizer.state[parameter])
+
+
+def _as_saved(saved: Any, loaded: Any) -> Any:
+    """What was saved, on the devices to which torch has loaded it."""
+    if isinstance(saved, Tensor):
+        return saved.to(loaded.device)
+    if isinstance(saved, dict):
+        return {key: _as_saved(value, loaded[key]) for key, value in saved.items()}
+    if isinstance(saved, list):
+        return [_as_saved(*pair) for pair in zip(saved, loaded, strict=True)]
+    return saved
 
 
 def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:

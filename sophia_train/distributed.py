@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TextIO
 
@@ -35,6 +35,7 @@ def start(precision: str, processes: int | None) -> Accelerator:
     if launched:
         _end_with_parent()
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator.wait_for_everyone()  # one that fails from here on finds no other still connecting to it
     _set_up_logger(accelerator.is_main_process)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
@@ -83,6 +84,34 @@ class StopSignal:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def ending_together(accelerator: Accelerator, *common: type[Exception]) -> Iterator[None]:
+    """Let the processes leave together, at the end of the body or at an error that is common to all.
+
+    A launcher ends all processes as soon as one has failed, when rank 0 may still have to write; and a
+    process that exits with its group open may abort.
+
+    Args:
+        accelerator: of this process.
+        common: what every process raises if one does; after other errors none waits for another.
+    """
+    try:
+        yield
+    except common:
+        _leave_group(accelerator)
+        raise
+    _leave_group(accelerator)
+
+
+def _leave_group(accelerator: Accelerator) -> None:
+    if torch.distributed.is_initialized():
+        with suppress(RuntimeError):  # another one has failed and is gone
+            arrived = torch.ones(1, device=accelerator.device)
+            sum_over_processes([arrived])
+            arrived.item()
+        torch.distributed.destroy_process_group()
 
 
 def main_process_first(accelerator: Accelerator, work: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class RunFolder:
             OutputError: it cannot be written, or another process owns it.
         """
         lock_path = self.path / ".lock"
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        is_new = not lock_path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(lock_path)
@@ -88,9 +90,11 @@ class RunFolder:
         try:
             yield
         finally:
-            if list(self.path.iterdir()) == [lock_path]:  # nothing came of it: leave nothing
-                lock_path.unlink()
-                self.path.rmdir()
+            if is_new and not (self.path / "config.json").exists():  # nothing came of it: leave nothing
+                with suppress(OSError):
+                    lock_path.unlink()
+                    for folder in made:
+                        folder.rmdir()
             lock.release()
 
     def starting_point(self, resume: str) -> Path | None:

@@ -4,22 +4,24 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sophia_train import checkpoint, distributed
 from sophia_train.compare.curves import plot_run
 from sophia_train.data.base import Data
 from sophia_train.data.batches import Batches, validation_blocks
 from sophia_train.data.statistics import LARGEST_BIGRAM_VOCABULARY, ngram_cross_entropy
+from sophia_train.data.token_files import Tokens
 from sophia_train.data.tokenizers import Tokenizer
-from sophia_train.errors import ConfigError, RunError, from_os_error
-from sophia_train.hessian.base import HessianUpdater, Replica
+from sophia_train.errors import ConfigError, Interrupted, RunError, from_os_error
+from sophia_train.gradients import evaluation_mode
+from sophia_train.hessian.base import Estimator, HessianUpdater, Replica
 from sophia_train.launch import launch
 from sophia_train.memory import estimate_memory, plan_micro_batch
 from sophia_train.models import convert
@@ -30,9 +32,11 @@ from sophia_train.run_folder import RunFolder, environment
 from sophia_train.throughput import Throughput
 from sophia_train.trackers.base import RunInfo, Silent, Tracker, Trackers
 from sophia_train.trackers.jsonl import JsonlTracker
-from sophia_train.trainer import Trainer
+from sophia_train.trainer import NotFiniteError, Trainer
 
 logger = logging.getLogger("sophia_train")
+
+Splits = tuple[Tokens, Tokens]  # of training and of validation
 
 
 def main() -> None:
@@ -48,6 +52,11 @@ def train(config: RunConfig) -> None:
         OSError: something could not be read or written.
     """
     accelerator = distributed.start(config.precision, config.processes)
+    with distributed.ending_together(accelerator, Interrupted, NotFiniteError):
+        _train(config, accelerator)
+
+
+def _train(config: RunConfig, accelerator: Accelerator) -> None:
     config = with_processes(config, accelerator.num_processes)
     data: Data = build(config.data)
     tokenizer = data.load_tokenizer()
@@ -72,26 +81,46 @@ def train(config: RunConfig) -> None:
 
         distributed.main_process_first(accelerator, claim)
         start = folder.starting_point(config.resume)
-        trainer = _build_trainer(config, data, tokenizer, trackers, accelerator)
+        splits = data.open("train"), data.open("validation")
+        init_from = config.init_from if start is None else None  # may be gone by the time of a resume
+        trainer = build_trainer(config, init_from, splits, tokenizer, trackers, accelerator)
         if start is not None:
             trainer.restore(start)
+            logger.info("going on from %s", start)
+        logger.info("%s: %s", folder.path, data.describe())
         if trainer.finished:
-            logger.info("%s is finished; choose another name= to train anew", folder.path)
+            finished = folder.path if checkpoint.exists(folder.path) else config.resume
+            logger.info("%s is finished; choose another name= to train anew", finished)
         else:
-            if accelerator.is_main_process:
-                folder.write_start(accelerator.device, accelerator.num_processes)
             with _tracked(trainer, trackers, folder, config):
+                if accelerator.is_main_process:
+                    folder.write_start(accelerator.device, accelerator.num_processes)
                 trainer.fit()
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and checkpoint.exists(folder.path):  # else another run was finished
             folder.write_status(0, "finished", trainer.state.step)
-            _conclude(trainer, data, tokenizer, folder)
+            _conclude(trainer, splits, tokenizer, folder)
 
 
-def _build_trainer(
-    config: RunConfig, data: Data, tokenizer: Tokenizer, trackers: Tracker, accelerator: Accelerator
+def build_trainer(
+    config: RunConfig,
+    init_from: str | None,
+    splits: Splits,
+    tokenizer: Tokenizer,
+    trackers: Tracker,
+    accelerator: Accelerator,
 ) -> Trainer:
+    """Build all that a run needs, on this process.
+
+    Args:
+        config: of the run.
+        init_from: weights to start from: a run, a checkpoint or a Hugging Face folder; None draws them.
+        splits: tokens of training and of validation.
+        tokenizer: for samples.
+        trackers: take the metrics.
+        accelerator: from `distributed.start`.
+    """
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
-    model = _build_model(config, device)
+    model = _build_model(config, init_from, device)
     micro_batch_size = _micro_batch_size(config, model, accelerator)
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
         model.compile()
@@ -107,7 +136,7 @@ def _build_trainer(
     )
     throughput = Throughput(device, world_size)
     block_size = config.model.block_size
-    training, validation = data.open("train"), data.open("validation")
+    training, validation = splits
     fingerprints = {"train": training.fingerprint(), "validation": validation.fingerprint()}
     return Trainer(
         config,
@@ -147,22 +176,22 @@ def _build_trainer(
     )
 
 
-def _build_model(config: RunConfig, device: torch.device) -> GPT2:
+def _build_model(config: RunConfig, init_from: str | None, device: torch.device) -> GPT2:
     """Build the model on its device, with new weights or those of `init_from`."""
     with torch.device("meta"):
         model = GPT2(config.model)
     model.to_empty(device=device)
-    if config.init_from is None:
+    if init_from is None:
         model.initialize(config.seed)
         return model
-    source = Path(config.init_from)
+    source = Path(init_from)
     if checkpoint.exists(source):
         weights, manifest = checkpoint.load_weights(source)
         theirs = GPT2Config(**manifest["config"]["model"])
     else:
         theirs, weights = convert.load_folder(source)
-    _check_same_shape(theirs, config.model, config.init_from)
-    checkpoint.load_parameters(model, weights, config.init_from)
+    _check_same_shape(theirs, config.model, init_from)
+    checkpoint.load_parameters(model, weights, init_from)
     return model
 
 
@@ -192,8 +221,9 @@ def _trackers(config: RunConfig, is_main_process: bool) -> Tracker:
 
 
 def _sample(model: GPT2, tokenizer: Tokenizer, config: RunConfig, device: torch.device) -> str:
-    prompt = tokenizer.encode(config.sample_prompt) or [tokenizer.end_of_text]
-    ids = model.generate(torch.tensor([prompt], device=device), config.sample_tokens, seed=config.seed)
+    prompt = torch.tensor([tokenizer.encode(config.sample_prompt) or [tokenizer.end_of_text]], device=device)
+    with evaluation_mode(model):
+        ids = model.generate(prompt, config.sample_tokens, seed=config.seed, words=tokenizer.vocab_size)
     return tokenizer.decode(ids[0].tolist())
 
 
@@ -216,23 +246,23 @@ def _tracked(trainer: Trainer, trackers: Tracker, folder: RunFolder, config: Run
         trackers.close(code)
 
 
-def _conclude(trainer: Trainer, data: Data, tokenizer: Tokenizer, folder: RunFolder) -> None:
+def _conclude(trainer: Trainer, splits: Splits, tokenizer: Tokenizer, folder: RunFolder) -> None:
     """Draw the loss curve, and print the result beside what counting words achieves on the same text."""
     state = trainer.state
     baselines = {}
     if tokenizer.vocab_size <= LARGEST_BIGRAM_VOCABULARY:
-        splits = data.open("train"), data.open("validation")
         baselines["unigram"] = ngram_cross_entropy(*splits, tokenizer.vocab_size, 1)
         baselines["bigram"] = ngram_cross_entropy(*splits, tokenizer.vocab_size, 2)
     figure = plot_run(folder.path, baselines)
-    table = Table.grid(padding=(0, 2))
-    table.add_row("validation loss", f"{trainer.validation_loss:.3f} nats a token")
-    for name, value in baselines.items():
-        table.add_row(f"  {name} model", f"{value:.3f}")
-    table.add_row("steps, tokens", f"{state.step:,}, {state.tokens:,}")
-    table.add_row("time", f"{state.seconds / 60:.1f} min")
-    table.add_row("loss curve", str(figure))
-    Console(highlight=False).print(table)
+    _print(
+        {
+            "validation loss": f"{trainer.validation_loss:.3f} nats a token",
+            **{f"  {name} model": f"{value:.3f}" for name, value in baselines.items()},
+            "steps, tokens": f"{state.step:,}, {state.tokens:,}",
+            "time": f"{state.seconds / 60:.1f} min",
+            "loss curve": str(figure),
+        }
+    )
 
 
 def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
@@ -240,8 +270,8 @@ def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
     with torch.device("meta"):
         model = GPT2(config.model)
     build(config.optimizer, decay_groups(model))
-    build(config.hessian)
-    build(config.schedule)
+    estimator: Estimator = build(config.hessian)
+    hessian = estimator.passes * estimator.size(config.batch_size) / estimator.interval / config.batch_size
     size = _micro_batch_size(config, model, accelerator)
     memory = estimate_memory(model, config.model, size, accelerator.mixed_precision == "bf16")
     steps = config.total_steps(config.model.block_size)
@@ -255,12 +285,17 @@ def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
         f"{accelerator.num_processes} process(es) x {passes} micro-batches of {size}",
         "steps": f"{steps:,}",
         "tokens": f"{steps * tokens:,}",
-        "FLOPs": f"{steps * tokens * model.flops_per_token():.3g}, without the Hessian's",
+        "FLOPs": f"{steps * tokens * model.flops_per_token() * (1 + hessian):.3g}"
+        + (f", of which {hessian / (1 + hessian):.1%} for the Hessian" if hessian else ""),
         "memory": f"about {memory.total / 1e9:.1f} GB a device: states {memory.states / 1e9:.1f}, "
         f"activations {memory.activations / 1e9:.1f}, logits {memory.logits / 1e9:.1f}",
     }
     if accelerator.is_main_process:
-        table = Table.grid(padding=(0, 2))
-        for name, value in rows.items():
-            table.add_row(name, value)
-        Console(highlight=False).print(table)
+        _print(rows)
+
+
+def _print(rows: Mapping[str, str]) -> None:
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)

@@ -60,6 +60,10 @@ class TrainerConfig:
         return int(min(by_tokens, math.inf if self.max_steps is None else self.max_steps))
 
 
+class NotFiniteError(DataError):
+    """Too many steps in a row were not finite; every process of the run raises this at the same step."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step read back from the device, the same on every process."""
@@ -67,7 +71,7 @@ class StepResult:
     loss: float  # mean over the batch, nats a token
     grad_norm: float  # before clipping
     clipped: bool
-    skipped: bool  # loss or gradient was not finite: parameters and optimizer state are as before
+    skipped: bool  # loss or gradient was not finite: there was no update of parameters and momentum
     stop_asked: bool  # some process was told to stop
     out_of_time: bool  # some process has reached max_seconds
 
@@ -167,7 +171,7 @@ class Trainer:
 
         Raises:
             Interrupted: asked to stop before the end; the state is saved.
-            DataError: too many steps in a row were not finite.
+            NotFiniteError: too many steps in a row were not finite.
             OSError: a checkpoint or the metrics could not be written.
         """
         config, state = self.config, self.state
@@ -205,7 +209,7 @@ class Trainer:
             extra = {
                 "state": dataclasses.asdict(self.state),
                 "hessian": self.hessian.state_dict(),
-                "validation_loss": self.validation_loss,
+                "validation_loss": self._finite_validation_loss(),
                 **self.manifest,
             }
             checkpoint.save(self.checkpoints, self.state.step, self.unwrapped, self.optimizer, extra)
@@ -235,8 +239,14 @@ class Trainer:
                 )
         self.state = TrainState(**manifest["state"])
         self.hessian.load_state_dict(manifest["hessian"])
-        self.validation_loss = manifest["validation_loss"]
+        loss = manifest["validation_loss"]
+        self.validation_loss = math.nan if loss is None else loss
         self._saved_step = self.state.step
+
+    def _finite_validation_loss(self) -> float | None:
+        """The loss as JSON has it, which knows no NaN: a model may have one before the run gives up."""
+        loss = self.validation_loss
+        return None if loss is None or not math.isfinite(loss) else loss
 
     def _next_batch(self) -> Batch:
         batch = self.batches.batch(self.state.step)
@@ -283,9 +293,9 @@ class Trainer:
         what = f"step {state.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}"
         logger.warning("%s; the update was skipped (%d so far)", what, state.skipped_steps)
         if state.consecutive_skipped_steps > limit:
-            raise DataError(
+            raise NotFiniteError(
                 f"{what}, and max_skipped_steps={limit} before it were not finite either; "
-                "lower optimizer.lr or lengthen schedule.warmup_steps, and resume"
+                "start anew (another name=) with a lower optimizer.lr or a longer schedule.warmup_steps"
             )
 
     def _measure(self, result: StepResult) -> dict[str, float]:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from support import Runs
+from support import TINY, Runs
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +21,9 @@ def token_files(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(runs, token_files):
     """Runs a tiny model of a few steps: `tiny(folder, *overrides)`."""
-    from support import TINY
 
     def run(folder, *overrides, **options):
         arguments = [*TINY, f"data.path={token_files}", f"run_dir={folder}", *overrides]

@@ -1,4 +1,4 @@
-"""What several tests need: small runs of the command line, and one built by hand for float64 and other data."""
+"""What several tests need: small runs of the command line, and one built by hand, as for float64."""
 
 import functools
 import json

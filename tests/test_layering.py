@@ -54,7 +54,7 @@ LIBRARIES = {
     "safetensors": {"checkpoint", "models/convert"},
     "tensorboard": {"trackers/tensorboard"},
     "tiktoken": {"data/tokenizers"},
-    "transformers": {"models/convert"},
+    "transformers": {"scripts/benchmark"},
     "wandb": {"trackers/wandb"},
     "zstandard": {"data/text_files"},
 }

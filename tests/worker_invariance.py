@@ -55,8 +55,12 @@ if __name__ == "__main__":
         "sophia": twenty_steps(folder, micro_batch_size, "sophia"),
         "adamw": twenty_steps(folder, micro_batch_size, "adamw"),
     }
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    together = torch.distributed.is_initialized()
+    if not together or torch.distributed.get_rank() == 0:
         for name, tensors in results.items():
             save_file(
                 {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors"
             )
+    if together:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

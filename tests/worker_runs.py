@@ -1,7 +1,7 @@
 """Run as a program: forks a child for each run asked for, so that only the first import takes its time.
 
 Reads requests from stdin, one JSON object a line, and answers each on stdout:
-{"start": arguments, "cwd", "environment", "hooks", "output", "timeout"} -> {"pid"}; {"wait": pid} -> {"code"}.
+{"start": arguments, "cwd", "environment", "hooks", "output", "timeout"} -> {"pid"}, {"wait": pid} -> {"code"}
 A run is `launch.run` with the real `train`, after its hooks: names of functions below, with arguments.
 """
 
@@ -9,10 +9,16 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import matplotlib.font_manager  # noqa: F401  # and more that a run would import, each time for itself
+import PIL.PngImagePlugin  # noqa: F401
+import torch._dynamo  # noqa: F401
+import torch.distributed.fsdp  # noqa: F401
 
 import sophia_train.trainer
 from sophia_train import durable, launch
@@ -37,19 +43,23 @@ def send_signal(step: int, name: str) -> None:
 
 
 def send_signal_inside_a_save(name: str) -> None:
+    nothing = durable.before
+
     def before(operation: str, path: Path) -> None:
         if path.name == "optimizer.safetensors":
+            durable.before = nothing
             os.kill(os.getpid(), signal.Signals[name])
 
     durable.before = before
 
 
 def pause(step: int, ready: str, go: str) -> None:
-    """Open the named pipe `ready` for writing, and wait until `go` is opened for writing."""
+    """Make the file `ready`, and wait until there is a file `go`."""
 
     def wait() -> None:
-        Path(ready).open("w").close()
-        Path(go).open().close()
+        Path(ready).touch()
+        while not Path(go).exists():
+            time.sleep(0.01)
 
     at_step(step, wait)
 
@@ -72,6 +82,18 @@ def spoil_gradient(steps: list[int], value: str) -> None:
         at_step(step, spoil)
 
 
+def look_at(pid_file: str, state_file: str) -> None:
+    """Note in which state another process is one second into the last of this one's writing."""
+
+    def before(operation: str, path: Path) -> None:
+        if path.name == "status.json" and operation == "rename":
+            time.sleep(1)  # more than the other one would take to leave
+            stat = Path("/proc", Path(pid_file).read_text(), "stat")
+            Path(state_file).write_text(stat.read_text().rpartition(")")[2].split()[0])
+
+    durable.before = before
+
+
 def hide_package(name: str) -> None:
     """Let `import name` fail as if it were not installed."""
     for module in [module for module in sys.modules if module.split(".")[0] == name]:
@@ -81,7 +103,7 @@ def hide_package(name: str) -> None:
 
 HOOKS = {
     function.__name__: function
-    for function in (send_signal, send_signal_inside_a_save, pause, spoil_gradient, hide_package)
+    for function in (send_signal, send_signal_inside_a_save, pause, spoil_gradient, look_at, hide_package)
 }
 
 

@@ -220,7 +220,8 @@ class GPT2(nn.Module):
         """
         generator = torch.Generator(device=idx.device).manual_seed(seed)
         for _ in range(new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[:, -1, :words].float()
+            # not `self(...)`: that would compile anew for every length
+            logits = self.forward(idx[:, -self.config.block_size :])[:, -1, :words].float()
             if temperature == 0:
                 following = logits.argmax(dim=-1, keepdim=True)
             else:

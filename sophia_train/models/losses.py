@@ -49,12 +49,16 @@ def sampled_cross_entropy(
     Returns:
         A scalar, float32 or wider. No gradient flows through the draw.
     """
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    token_keys = _mix64(_mix64(keys)[:, None] + positions).flatten()
-    return _sum_over_chunks(_sampled_cross_entropy, hidden, head, (token_keys,), chunk_tokens)
+    per_token = (token_keys(keys, hidden.shape[1]).flatten(),)
+    return _sum_over_chunks(_sampled_cross_entropy, hidden, head, per_token, chunk_tokens)
 
 
-def sample_labels(logits: Tensor, token_keys: Tensor) -> Tensor:
+def token_keys(keys: Tensor, length: int) -> Tensor:
+    """Derive the keys (B, `length`) of the tokens of sequences from the sequences' keys (B,), all int64."""
+    return _mix64(_mix64(keys)[:, None] + torch.arange(length, device=keys.device))
+
+
+def sample_labels(logits: Tensor, keys: Tensor) -> Tensor:
     """Draw a word for every token with the Gumbel-max trick.
 
     The noise of a word is a hash of the token's key and the word's number, so that no generator has a state,
@@ -62,14 +66,14 @@ def sample_labels(logits: Tensor, token_keys: Tensor) -> Tensor:
 
     Args:
         logits: (N, V).
-        token_keys: (N,) int64, one key a token.
+        keys: (N,) int64, one key a token.
 
     Returns:
         (N,) int64 word ids, distributed as softmax(logits).
     """
     words = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.int32)
-    low = ((token_keys << 32) >> 32).to(torch.int32)[:, None]
-    high = (token_keys >> 32).to(torch.int32)[:, None]
+    low = ((keys << 32) >> 32).to(torch.int32)[:, None]
+    high = (keys >> 32).to(torch.int32)[:, None]
     bits = _mix32(_mix32(words ^ low) ^ high) & 0x7FFFFFFF
     uniform = (bits.float() + 0.5) * 2.0**-31  # fine-grained near 0, where the likely winners are
     exponential = -torch.log1p(-uniform)
@@ -80,9 +84,9 @@ def _cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Te
     return F.cross_entropy(_wide(head(hidden)), targets, ignore_index=-1, reduction="sum")
 
 
-def _sampled_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], token_keys: Tensor) -> Tensor:
+def _sampled_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], keys: Tensor) -> Tensor:
     logits = _wide(head(hidden))
-    labels = sample_labels(logits.detach(), token_keys)
+    labels = sample_labels(logits.detach(), keys)
     return F.cross_entropy(logits, labels, reduction="sum")
 
 

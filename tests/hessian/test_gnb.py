@@ -1,5 +1,7 @@
 """The GNB estimator against the exact Gauss-Newton diagonal, by curvlinops."""
 
+import dataclasses
+
 import pytest
 import torch
 from curvlinops import GGNLinearOperator
@@ -13,8 +15,8 @@ from sophia_train.optim import Sophia
 CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=4, block_size=4, vocab_size=6)
 
 
-def tiny():
-    model = GPT2(CONFIG).double()
+def tiny(**changes):
+    model = GPT2(dataclasses.replace(CONFIG, **changes)).double()
     model.initialize(3)
     with torch.no_grad():
         for p in model.parameters():
@@ -114,6 +116,15 @@ def test_leaves_gradients_and_mode_as_they_were():
     model.train()
     GNB().estimate(Replica(model, 2), data, 0)
     assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_dropout_is_off_while_estimating():
+    data = batch(2)
+    estimates = []
+    for dropout in (0.0, 0.5):
+        model = tiny(dropout=dropout).train()
+        estimates.append(list(GNB().estimate(Replica(model, 2), data, 0).values()))
+    assert all(torch.equal(a, b) for a, b in zip(*estimates, strict=True))
 
 
 def test_the_updater_uses_the_first_sequences_when_it_is_due():

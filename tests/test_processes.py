@@ -1,0 +1,185 @@
+"""Two processes are one run: the same numbers, one folder, one voice; and either number can continue it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from support import ENVIRONMENT, TINY, contents, records, result
+
+LENGTH = ["max_steps=8", "save_interval=4", "batch_size=8", "eval_interval=4"]
+
+
+@pytest.fixture
+def arguments(token_files):
+    return [*TINY, *LENGTH, f"data.path={token_files}"]
+
+
+@pytest.fixture
+def torchrun(arguments):
+    """Runs the command line under torchrun on two processes."""
+
+    def run(*overrides):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["-m", "sophia_train", *arguments, *overrides]
+        options = {"env": {**os.environ, **ENVIRONMENT}, "capture_output": True, "text": True, "timeout": 200}
+        return subprocess.run(command, **options)
+
+    return run
+
+
+@pytest.fixture
+def pids(tmp_path_factory):
+    """Where `pair` writes the process id of its second process."""
+    return tmp_path_factory.mktemp("pids") / "second"
+
+
+@pytest.fixture
+def pair(runs, arguments, pids):
+    """Runs it on two processes as a launcher would, without one: their own exit codes can be seen."""
+
+    def run(*overrides, hooks=((), ())):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = []
+        for rank in range(2):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {key: str(value) for key, value in place.items()}
+            options = {"environment": environment, "hooks": hooks[rank]}
+            started.append(runs.start(*arguments, *overrides, **options))
+        pids.write_text(str(started[1][0]))
+        return [runs.wait(each) for each in started]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """The folder of the same run on one process, undisturbed."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert tiny(folder, *LENGTH).code == 0
+    return folder
+
+
+def losses(folder):
+    pairs = [
+        (record["step"], key, record[key]) for record in records(folder) for key in record if "/loss" in key
+    ]
+    return {(step, key): value for step, key, value in pairs}
+
+
+def codes(ended):
+    return [each.code for each in ended]
+
+
+def test_under_torchrun_it_is_the_same_run(torchrun, alone, tmp_path):
+    done = torchrun(f"run_dir={tmp_path / 'run'}", "processes=2", "tracker=console")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("validation loss") == 1 and done.stderr.count("token files") == 1
+    expected, found = losses(alone), losses(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-5 if key[0] <= 4 else 1e-4), key
+    assert result(tmp_path / "run")["state"] == result(alone)["state"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["processes"] == 2
+
+
+def test_torchrun_with_another_number_is_refused(torchrun, tmp_path):
+    done = torchrun(f"run_dir={tmp_path / 'run'}", "processes=3", "batch_size=12")
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "processes=3" in errors[0] and "2 process" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestAnotherNumber:
+    @pytest.mark.parametrize("step", [3, 4])
+    def test_one_goes_on_with_what_two_began(self, step, pair, tiny, alone, tmp_path):
+        assert codes(pair(f"run_dir={tmp_path}", f"stop_at_step={step}")) == [75, 75]
+        assert tiny(tmp_path, *LENGTH).code == 0
+        assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-4)
+        assert result(tmp_path)["state"] == result(alone)["state"]
+
+    def test_two_go_on_with_what_one_began(self, pair, tiny, alone, tmp_path):
+        assert tiny(tmp_path, *LENGTH, "stop_at_step=3").code == 75
+        assert codes(pair(f"run_dir={tmp_path}")) == [0, 0]
+        assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-4)
+        assert result(tmp_path)["state"] == result(alone)["state"]
+
+
+class TestOfTwo:
+    def test_interrupted_and_resumed_is_the_same_bitwise(self, pair, tmp_path):
+        assert codes(pair(f"run_dir={tmp_path / 'whole'}", "model.dropout=0.1")) == [0, 0]
+        for step in (3, 5):
+            arguments = [f"run_dir={tmp_path / 'parts'}", "model.dropout=0.1", f"stop_at_step={step}"]
+            assert codes(pair(*arguments)) == [75, 75]
+        assert codes(pair(*arguments[:2])) == [0, 0]
+        assert result(tmp_path / "parts") == result(tmp_path / "whole")
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_signal_to_one_stops_both(self, rank, pair, tmp_path):
+        hooks = [[], []]
+        hooks[rank] = [["send_signal", 2, "SIGTERM"]]
+        ended = pair(f"run_dir={tmp_path}", hooks=hooks)
+        assert codes(ended) == [75, 75] and [len(each.errors) for each in ended] == [1, 0]
+        assert json.loads((tmp_path / "status.json").read_text())["step"] == 3
+
+    def test_a_gradient_that_is_not_finite_on_one_is_skipped_by_both(self, pair, tmp_path):
+        ended = pair(f"run_dir={tmp_path}", hooks=[[], [["spoil_gradient", [2], "nan"]]])
+        assert codes(ended) == [0, 0] and ended[0].err.count("skipped") == 1 and ended[1].err == ""
+        assert result(tmp_path)["state"]["skipped_steps"] == 1
+
+    @pytest.mark.parametrize("end", ["end", "stop_at_step", "not finite"])
+    def test_the_second_does_not_leave_before_the_first(self, end, pair, pids, tmp_path):
+        """Else a launcher would take it for a failure, or the end, and end the first before it is done."""
+        state = tmp_path / "state"
+        hooks = [[["look_at", str(pids), str(state)]], []]
+        if end == "not finite":
+            hooks = [[*each, ["spoil_gradient", [2, 3], "nan"]] for each in hooks]
+        overrides = ["stop_at_step=3"] if end == "stop_at_step" else ["max_skipped_steps=1"]
+        ended = pair(f"run_dir={tmp_path / 'run'}", *overrides, hooks=hooks)
+        assert codes(ended) == [{"end": 0, "stop_at_step": 75, "not finite": 65}[end]] * 2
+        assert state.read_text() in "RSD", "the second process has left"
+
+    def test_the_second_is_silent(self, pair, tmp_path):
+        first, second = pair(f"run_dir={tmp_path}", "tracker=console", "sample_interval=3", "sample_tokens=9")
+        assert "validation loss" in first.out and (second.out, second.err) == ("", "")
+
+    def test_finished_is_finished(self, pair, tmp_path):
+        assert codes(pair(f"run_dir={tmp_path}")) == [0, 0]
+        before = contents(tmp_path / "checkpoints")
+        again = pair(f"run_dir={tmp_path}")
+        assert codes(again) == [0, 0] and "finished" in again[0].err and again[1].err == ""
+        assert contents(tmp_path / "checkpoints") == before
+
+    @pytest.mark.parametrize(
+        ("overrides", "code", "fragments"),
+        [
+            (["processes=3", "batch_size=12"], 64, ["processes=3", "2 process"]),
+            (["batch_size=9", "micro_batch_size=1"], 64, ["batch_size=9", "processes", "8 or 10"]),
+            (["batch_size=10"], 64, ["batch_size=10", "processes x micro_batch_size", "8 or 12"]),
+            (["hessian.batch_size=3"], 64, ["hessian.batch_size=3", "2 processes"]),
+            (["hessian.groups=3"], 64, ["hessian.groups=3", "2 processes"]),
+            (["data.path=/no/such/folder"], 66, ["data.path=/no/such/folder"]),
+            (["batch_size=1000"], 65, ["batch_size=1000"]),
+            (["resume=must"], 66, ["resume=must"]),
+            (["init_from=/no/such/folder"], 66, ["/no/such/folder"]),
+        ],
+        ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+    )
+    def test_bad_input_is_said_once_and_nobody_is_left_waiting(
+        self, overrides, code, fragments, pair, tmp_path
+    ):
+        ended = pair(f"run_dir={tmp_path / 'run'}", *overrides)
+        assert ended[0].code == code and ended[1].code not in (0, -signal.SIGALRM), ended
+        assert [len(each.errors) for each in ended] == [1, 0] and ended[1].err == "", ended
+        for fragment in fragments:
+            assert fragment in ended[0].errors[0]
+        assert list(tmp_path.iterdir()) == []
