@@ -57,7 +57,7 @@ def from_os_error(error: OSError) -> RunError:
     """Say what an error of the operating system means for a run: what failed, where, and what to do."""
     where = f" ({error.filename})" if error.filename else ""
     if isinstance(error, PermissionError):
-        return OutputError(f"{error.strerror}{where}; choose another run_dir= or change its permissions")
+        return OutputError(f"{error.strerror}{where}; choose another place, or change its permissions")
     return StorageError(
         f"{error.strerror or error}{where}; make room or mend the disk, and run it again to go on"
     )
@@ -75,6 +75,8 @@ def exit_code_of(work: Callable[[], int | None]) -> int:
         failure = error
     except OSError as error:
         failure = from_os_error(error)
+    except KeyboardInterrupt:
+        failure = Interrupted("interrupted at once; run it again to go on from what was saved last")
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"error: {' '.join(str(failure).split())}\n")
     return failure.code

@@ -237,7 +237,8 @@ def _tracked(trainer: Trainer, trackers: Tracker, folder: RunFolder, config: Run
         yield
     except BaseException as error:
         reason = from_os_error(error) if isinstance(error, OSError) else error
-        code = reason.code if isinstance(reason, RunError) else RunError.code
+        interrupted = isinstance(error, KeyboardInterrupt)  # by a second Ctrl-C, without a save
+        code = Interrupted.code if interrupted else getattr(reason, "code", RunError.code)
         if trainer.replica.rank == 0:
             with contextlib.suppress(OSError):  # the disk may be what failed
                 folder.write_status(code, str(reason) or type(reason).__name__, trainer.state.step)

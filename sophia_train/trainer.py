@@ -176,6 +176,8 @@ class Trainer:
         """
         config, state = self.config, self.state
         self._clock = time.perf_counter() - state.seconds
+        if config.stop_at_step is not None and state.step >= config.stop_at_step:
+            raise Interrupted(self._why_stopped())
         with self.stop_signal.listening():
             if state.step == 0:
                 self._log(self._evaluate())
@@ -328,9 +330,9 @@ class Trainer:
         self.trackers.log({**axes, **metrics})
 
     def _why_stopped(self) -> str:
-        why = self.stop_signal.received or "stop_at_step"
-        if self.state.step != self.config.stop_at_step and self.stop_signal.received is None:
-            why = "a signal to another process"
+        stop = self.config.stop_at_step
+        planned = stop is not None and self.state.step >= stop
+        why = self.stop_signal.received or ("stop_at_step" if planned else "a signal to another process")
         return (
             f"stopped at step {self.state.step} of {self.total_steps} ({why}), saved; run it again to go on"
         )

@@ -147,6 +147,8 @@ class Runs:
         """Start a run and go on; `hooks` are calls of functions of `worker_runs.py`: name, arguments."""
         self._count += 1
         output = self.folder / f"run_{self._count}"
+        for name in ("stdout", "stderr"):
+            output.with_suffix(f".{name}").touch()  # the run may be killed before it opens them
         request = {
             "start": [str(argument) for argument in arguments],
             "cwd": str(cwd or self.folder),

@@ -125,7 +125,8 @@ class TestData:
             os.truncate(path, path.stat().st_size - 2)
         else:
             flip(path, path.stat().st_size // 2)
-        refused(MISSING if damage == "missing" else DATA, path, overrides=[f"data.path={prepared}"])
+        how = {"missing": "missing", "truncated": "bytes, not", "altered": "SHA-256"}[damage]
+        refused(MISSING if damage == "missing" else DATA, path, how, overrides=[f"data.path={prepared}"])
 
     def test_with_a_bad_manifest(self, refused, prepared):
         os.truncate(prepared / "manifest.json", 100)

@@ -123,4 +123,3 @@ def test_an_interrupted_run_goes_on(tmp_path, optimizer):
         losses.append([record["train/loss"] for record in records if "train/loss" in record])
     assert losses[0][:17] == pytest.approx(losses[1][:17], rel=1e-3)
     assert losses[0] == pytest.approx(losses[1], rel=0.02)  # attention's backward pass adds in any order
-    assert losses[0][-1] < 0.5 * losses[0][0]

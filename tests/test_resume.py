@@ -6,6 +6,8 @@ import signal
 import pytest
 from support import contents, records, result
 
+from sophia_train import checkpoint
+
 STEPS = 7
 CASES = {
     "sophia": ["optimizer=sophia_g", "sample_interval=2", "sample_tokens=12"],
@@ -18,6 +20,10 @@ LENGTH = [f"max_steps={STEPS}", "save_interval=3", "eval_interval=2"]
 
 def status(folder):
     return json.loads((folder / "status.json").read_text())
+
+
+def saved_step(folder):
+    return checkpoint.verify(checkpoint.latest(folder / "checkpoints"))["state"]["step"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ class TestInterrupted:
             folder = tmp_path / str(step)
             first = tiny(folder, *overrides, f"stop_at_step={step}")
             assert (first.code, len(first.errors)) == (75, 1)
-            assert (status(folder)["code"], status(folder)["step"]) == (75, step)
+            assert (status(folder)["code"], status(folder)["step"], saved_step(folder)) == (75, step, step)
             assert tiny(folder, *overrides).code == 0
             assert result(folder) == expected, step
 
@@ -64,6 +70,7 @@ class TestSignals:
             first = tiny(folder, *overrides, hooks=[["send_signal", step, name]])
             assert first.code == 75 and name in first.errors[0] and len(first.errors) == 1
             assert status(folder) == {"code": 75, "reason": first.errors[0][7:], "step": step + 1}
+            assert saved_step(folder) == step + 1
             assert tiny(folder, *overrides).code == 0
             assert result(folder) == expected, step
 

@@ -10,6 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401  # and more that a run would import, each time for itself
+import PIL.PngImagePlugin  # noqa: F401
+import torch._dynamo  # noqa: F401
+import torch.distributed.fsdp  # noqa: F401
+
 from sophia_train import durable, launch
 from sophia_train.train import train
 
