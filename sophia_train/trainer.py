@@ -244,6 +244,8 @@ class Trainer:
         loss = manifest["validation_loss"]
         self.validation_loss = math.nan if loss is None else loss
         self._saved_step = self.state.step
+        if self.replica.rank == 0:  # this one is verified, and a kill may have come before the last pruning
+            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
 
     def _finite_validation_loss(self) -> float | None:
         """The loss as JSON has it, which knows no NaN: a model may have one before the run gives up."""
