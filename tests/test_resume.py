@@ -7,6 +7,8 @@ import pytest
 from support import contents, records, result
 
 from sophia_train import checkpoint
+from sophia_train.models import convert
+from sophia_train.models.gpt2 import GPT2Config
 
 STEPS = 7
 CASES = {
@@ -194,3 +196,13 @@ class TestWeightsOfAnotherRun:
         (tmp_path / "source").rename(tmp_path / "elsewhere")
         assert tiny(tmp_path / "new", start).code == 0
         assert result(tmp_path / "new") == result(tmp_path / "whole")
+
+
+def test_a_hugging_face_folder_starts_a_run_at_its_own_loss(tiny, tmp_path):
+    assert tiny(tmp_path / "source", "max_steps=4", "schedule.warmup_steps=1").code == 0
+    weights, manifest = checkpoint.load_weights(tmp_path / "source")
+    convert.export_folder(weights, tmp_path / "hf", GPT2Config(**manifest["config"]["model"]))
+    start = [f"init_from={tmp_path / 'hf'}", "max_steps=2", "schedule.warmup_steps=0"]
+    assert tiny(tmp_path / "run", *start).code == 0
+    first = records(tmp_path / "run")[0]
+    assert (first["step"], first["val/loss"]) == (0, manifest["validation_loss"])
