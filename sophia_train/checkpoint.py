@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and a JSON manifest with SHA-256 digests; loading one runs no code.
 
     checkpoints/step_00000100/
-        model.safetensors      parameters by name
+        model.safetensors      parameters by name, those to evaluate and to use
+        training.safetensors   parameters that training goes on with, for optimizers with others than those
         optimizer.safetensors  tensors of the optimizer's state, named parameter/key
         manifest.json          step, run state, the rest of the optimizer's state, config, digests
 
@@ -23,6 +24,7 @@ from torch.optim.optimizer import Optimizer
 
 from sophia_train import durable
 from sophia_train.errors import ConfigError, DataError, MissingInputError
+from sophia_train.optim.evaluation_weights import evaluation_weights, has_evaluation_weights
 
 FORMAT_VERSION = 1
 _TENSOR = "__tensor__"
@@ -49,10 +51,15 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra:
     """
     tensors: dict[str, Tensor] = {}
     optimizer_state = _flatten(_state_by_name(model, optimizer), "", tensors)
+    training = {name: _on_cpu(p) for name, p in model.named_parameters()}
     parts = {
-        "model.safetensors": {name: _on_cpu(p) for name, p in model.named_parameters()},
+        "model.safetensors": training,
         "optimizer.safetensors": {name: _on_cpu(tensor) for name, tensor in tensors.items()},
     }
+    if has_evaluation_weights(optimizer):
+        parts["training.safetensors"] = {name: tensor.clone() for name, tensor in training.items()}
+        with evaluation_weights(optimizer):
+            parts["model.safetensors"] = {name: _on_cpu(p).clone() for name, p in model.named_parameters()}
     path = folder / f"step_{step:08d}"
     size = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
     with durable.commit_folder(path, reserve=size) as temporary:
@@ -63,7 +70,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra:
             "format_version": FORMAT_VERSION,
             "step": step,
             **extra,
-            "optimizer_class": type(optimizer).__name__,
+            "optimizer_class": _class_name(optimizer),
             "optimizer": optimizer_state,
             "files": {name: _fingerprint(temporary / name) for name in parts},
         }
@@ -142,16 +149,17 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
         DataError, MissingInputError: as `verify`.
     """
     manifest = verify(path)
-    load_parameters(model, _load(path / "model.safetensors"), str(path))
+    trained = "training" if "training.safetensors" in manifest["files"] else "model"
+    load_parameters(model, _load(path / f"{trained}.safetensors"), str(path))
     tensors = _load(path / "optimizer.safetensors")
     try:
-        if manifest["optimizer_class"] != type(optimizer).__name__:
+        if manifest["optimizer_class"] != _class_name(optimizer):
             raise ValueError(f"it is of {manifest['optimizer_class']}")
         by_name = _unflatten(manifest["optimizer"], tensors)
         _load_state_by_name(model, optimizer, by_name)
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"optimizer state in {path} does not fit {type(optimizer).__name__}: {error}"
+            f"optimizer state in {path} does not fit {_class_name(optimizer)}: {error}"
         ) from None
     return manifest
 
@@ -205,6 +213,11 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     checkpoint = find(path)
     manifest = verify(checkpoint)
     return _load(checkpoint / "model.safetensors"), manifest
+
+
+def _class_name(optimizer: Optimizer) -> str:
+    parts = getattr(optimizer, "optimizers", [optimizer])  # of a MixedOptimizer
+    return " + ".join(type(part).__name__ for part in parts)
 
 
 def _all(folder: Path) -> list[Path]:

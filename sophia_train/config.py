@@ -105,8 +105,8 @@ def _plain(config: DictConfig) -> Settings:
 @contextlib.contextmanager
 def _hydra(config_folder: Path | None) -> Iterator[None]:
     """Hydra, set up to compose, with every one of its errors turned into a one-line `ConfigError`."""
-    if not OmegaConf.has_resolver("half"):
-        OmegaConf.register_new_resolver("half", _half)
+    if not OmegaConf.has_resolver("at_most"):
+        OmegaConf.register_new_resolver("at_most", _at_most)
     if config_folder is not None and not config_folder.is_dir():
         raise MissingInputError(f"--config-dir={config_folder}: there is no such folder")
     try:
@@ -123,8 +123,8 @@ def _hydra(config_folder: Path | None) -> Iterator[None]:
         raise ConfigError(_one_line(error)) from error
 
 
-def _half(value: Any) -> Any:
-    return max(1, value // 2) if isinstance(value, int) else value
+def _at_most(limit: int, value: Any) -> Any:
+    return min(limit, value) if isinstance(value, int) else value
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

@@ -30,7 +30,7 @@ def accumulate_gradients(
     batches: Sequence[MicroBatch],
     loss_fn: LossFunction,
     *,
-    tokens: int,
+    tokens: int | Tensor,
     no_sync: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     sync: bool = True,
     dropout_seed: int | None = None,
@@ -38,13 +38,14 @@ def accumulate_gradients(
     """Add the gradient of the mean loss over the micro-batches to `.grad`.
 
     Under data parallelism the wrapped model averages gradients over processes, in the backward pass of the
-    last micro-batch only; with equal `tokens` on each process that is the mean over all their tokens.
+    last micro-batch only; with the same `tokens` on each process that is the mean over all their tokens.
 
     Args:
         model: called as `model(inputs, targets, loss_fn=loss_fn)`; returns the loss summed over tokens.
         batches: this process's micro-batches, of any sizes.
         loss_fn: see `models.losses`.
-        tokens: number of target tokens in `batches`, all together: the mean is over these.
+        tokens: number of target tokens in `batches`, all together: the mean is over these. Where processes
+            have different numbers of them, their average.
         no_sync: context in which a backward pass leaves other processes alone.
         sync: whether the last backward pass averages over processes; False keeps gradients local.
         dropout_seed: reseeds dropout for each micro-batch as a pure function of this number and its index.
@@ -63,6 +64,11 @@ def accumulate_gradients(
     if total is None:
         raise ValueError("no micro-batches to accumulate gradients over")
     return total
+
+
+def count_targets(targets: Tensor) -> Tensor:
+    """Count the targets that carry weight in a loss, as a scalar on their device: -1 marks the others."""
+    return (targets >= 0).sum()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,10 @@ from sophia_train import schema_check
 from sophia_train.data.base import Data
 from sophia_train.errors import ConfigError, MissingInputError
 from sophia_train.hessian.base import Estimator, NoHessian
-from sophia_train.models.gpt2 import GPT2Config
+from sophia_train.models.gpt2 import GPT2, GPT2Config
+from sophia_train.optim.gamma import FixedGamma, GammaRule
+from sophia_train.optim.groups import choose, decay_groups
+from sophia_train.optim.mixed import MixedOptimizer
 from sophia_train.optim.schedules import Schedule
 from sophia_train.schema_check import Settings, close_to, show
 from sophia_train.trackers.base import Tracker
@@ -24,6 +27,7 @@ TARGETS: dict[str, tuple[type, tuple[str, ...]]] = {
     "schedule": (Schedule, ("sophia_train.optim",)),
     "hessian": (Estimator, ("sophia_train.hessian",)),
     "optimizer": (torch.optim.Optimizer, ("sophia_train.optim", "torch.optim", "pytorch_optimizer")),
+    "gamma": (GammaRule, ("sophia_train.optim",)),
     "tracker": (Tracker, ("sophia_train.trackers",)),
 }
 """What the `_target_` of a group must be, and the packages it may be from; nothing else is ever imported."""
@@ -52,6 +56,7 @@ class RunConfig(TrainerConfig):
     schedule: Settings
     hessian: Settings
     optimizer: Settings
+    gamma: Settings
     tracker: dict[str, Settings]
 
 
@@ -74,15 +79,19 @@ def from_json(settings: Settings) -> RunConfig:
         )
     for section, owner in owners.items():
         schema_check.check_values(section, owner, sections[section])
-    for section in ("model", "data", "schedule", "hessian"):
+    for section in ("model", "data", "schedule", "hessian", "gamma"):
         _check_constructor(section, owners[section], [], sections[section])
     parameter = torch.nn.Parameter(torch.zeros(2, 2))  # an optimizer checks its settings against some
-    _check_constructor("optimizer", owners["optimizer"], [[parameter]], sections["optimizer"])
+    optimizers = [section for section in owners if section.partition(".")[0] == "optimizer"]
+    for section in optimizers:
+        _check_constructor(section, owners[section], [[parameter]], sections[section])
     config = RunConfig(**{**settings, "model": GPT2Config(**settings["model"])})
     _check_text(config)
     _check_length(config)
     _check_batch(config)
-    _check_estimator(config, owners["hessian"], owners["optimizer"])
+    _check_sharing(config)
+    _check_estimator(config, owners["hessian"], [owners[section] for section in optimizers])
+    _check_gamma(config, owners["gamma"], [owners[section] for section in optimizers])
     _check_start(config)
     return config
 
@@ -115,6 +124,38 @@ def build(node: Mapping[str, Any], *arguments: Any, **extra: Any) -> Any:
     return owner(*arguments, **{**_arguments(node), **extra})
 
 
+def build_optimizer(node: Mapping[str, Any], model: GPT2) -> torch.optim.Optimizer:
+    """Build the optimizer of a run, over the decayed and the other parameters of a model.
+
+    Where the node names `others`, each has the parameters that it wants, and the optimizer the rest.
+
+    Raises:
+        ConfigError: what an other wants is not there, or somebody else's, or nothing is left.
+    """
+    nodes = _optimizer_nodes(node)
+    wanted = {section: each["parameters"] for section, each in nodes.items() if "parameters" in each}
+    try:
+        shares = choose(model, wanted)
+    except ValueError as error:
+        reason = str(error)
+        section = next(name for name, words in wanted.items() if reason.partition(" ")[0] in words)
+        raise ConfigError(f"{section}.parameters={show(wanted[section])}: {reason}") from error
+    optimizers = []
+    for section, each in nodes.items():
+        names = shares[section if section in wanted else ""]
+        if not names:
+            raise ConfigError(f"{section} has no parameters: those of optimizer.others take all; remove one")
+        settings = {key: value for key, value in each.items() if key not in ("others", "parameters")}
+        optimizers.append(build(settings, decay_groups(model, names)))
+    return MixedOptimizer(optimizers) if len(optimizers) > 1 else optimizers[0]
+
+
+def _optimizer_nodes(node: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The optimizer and those of its `others`, by section."""
+    others = node.get("others") or {}
+    return {"optimizer": node, **{f"optimizer.others.{name}": other for name, other in others.items()}}
+
+
 def _owners(settings: Settings) -> tuple[dict[str, type], dict[str, Settings]]:
     """Find the class behind each section, and the keys and values that it is to take."""
     owners: dict[str, type] = {"": RunConfig}
@@ -125,14 +166,19 @@ def _owners(settings: Settings) -> tuple[dict[str, type], dict[str, Settings]]:
         content = settings.get(group)
         if not isinstance(content, dict):
             continue  # its type is judged with that of all other keys
-        nodes = {group: content}
-        if group == "tracker":  # the one group that may have several nodes
+        nodes: Mapping[str, Any] = {group: content}
+        if group == "tracker":
             nodes = {f"{group}.{name}": node for name, node in content.items()}
+        if group == "optimizer":
+            _check_others(content)
+            nodes = _optimizer_nodes(content)
         for name, node in nodes.items():
             if not isinstance(node, dict) or "_target_" not in node:
                 raise ConfigError(f"{name}={show(node)} has no _target_; choose one with {group}=<name>")
             owners[name] = schema_check.find_class(f"{name}._target_", node["_target_"], base, packages)
             sections[name] = _arguments(node)
+            if group == "optimizer":
+                sections[name].pop("others" if name == group else "parameters", None)
     return owners, sections
 
 
@@ -142,6 +188,26 @@ def _arguments(node: Mapping[str, Any]) -> Settings:
 
 def _check_constructor(section: str, owner: type, first: list[Any], arguments: Settings) -> None:
     schema_check.check_constructor(section, arguments, lambda values: owner(*first, **values))
+
+
+def _check_others(optimizer: Settings) -> None:
+    """Check what says whose parameters are whose; the optimizers themselves are judged as any."""
+    others = optimizer.get("others") or {}
+    if not isinstance(others, dict):
+        raise ConfigError(f"optimizer.others={show(others)} must be a mapping of names to optimizers")
+    for name, other in others.items():
+        words = other.get("parameters") if isinstance(other, dict) else None
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise ConfigError(
+                f"optimizer.others.{name}.parameters={show(words)} must be a list of kinds "
+                "or patterns of names, such as [embeddings]"
+            )
+
+
+def _check_sharing(config: RunConfig) -> None:
+    if config.optimizer.get("others"):
+        with torch.device("meta"):
+            build_optimizer(config.optimizer, GPT2(config.model))
 
 
 def _check_text(config: RunConfig) -> None:
@@ -188,12 +254,23 @@ def _check_batch(config: RunConfig) -> None:
         raise ConfigError(f"hessian.{error}; use {fix}") from error
 
 
-def _check_estimator(config: RunConfig, hessian: type, optimizer: type) -> None:
-    if not issubclass(hessian, NoHessian) and not hasattr(optimizer, "update_hessian"):
+def _check_estimator(config: RunConfig, hessian: type, optimizers: list[type]) -> None:
+    takes = any(hasattr(optimizer, "update_hessian") for optimizer in optimizers)
+    if not issubclass(hessian, NoHessian) and not takes:
         raise ConfigError(
             f"hessian._target_={config.hessian['_target_']} estimates a Hessian, but "
             f"optimizer._target_={config.optimizer['_target_']} takes none; "
             "use hessian=none or optimizer=sophia_g"
+        )
+
+
+def _check_gamma(config: RunConfig, rule: type, optimizers: list[type]) -> None:
+    has_gamma = any("gamma" in schema_check.parameters(optimizer) for optimizer in optimizers)
+    if not issubclass(rule, FixedGamma) and not has_gamma:
+        raise ConfigError(
+            f"gamma._target_={config.gamma['_target_']} sets a gamma, but "
+            f"optimizer._target_={config.optimizer['_target_']} has none; "
+            "use gamma=fixed or optimizer=sophia_g"
         )
 
 

@@ -54,15 +54,16 @@ class Throughput:
 
     def restart(self) -> None:
         """Begin a new measurement here: what lies between two measurements is not counted."""
-        self._steps, self._tokens, self._flops = 0, 0, 0.0
+        self._steps, self._tokens, self._flops, self._hessian_flops = 0, 0, 0.0, 0.0
         self._parts.clear()
         self._started = time.perf_counter()
 
-    def add(self, tokens: int, flops: float) -> None:
-        """Count a finished step over all processes: target tokens, and model FLOPs without the Hessian's."""
+    def add(self, tokens: int, flops: float, hessian_flops: float = 0.0) -> None:
+        """Count a finished step over all processes: target tokens, model FLOPs, and the Hessian's beside."""
         self._steps += 1
         self._tokens += tokens
         self._flops += flops
+        self._hessian_flops += hessian_flops
 
     @contextlib.contextmanager
     def hessian(self) -> Iterator[None]:
@@ -74,6 +75,8 @@ class Throughput:
     def report(self) -> dict[str, float]:
         """Figures since the last report or restart, by metric name; begins a new measurement.
 
+        Seconds and FLOPs of the Hessian are a step's, on the average over steps with and without a refresh.
+
         Call it when the device has finished the steps: it is the host's clock that counts.
         """
         seconds = time.perf_counter() - self._started
@@ -82,6 +85,8 @@ class Throughput:
             "perf/tokens_per_second": self._tokens / seconds,
             "perf/step_seconds": seconds / max(1, self._steps),
             "perf/hessian_share": hessian / seconds,
+            "perf/hessian_seconds": hessian / max(1, self._steps),
+            "perf/hessian_flops": self._hessian_flops / max(1, self._steps),
         }
         if self.peak is not None:
             figures["perf/mfu"] = self._flops / seconds / (self.peak * self.world_size)

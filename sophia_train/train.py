@@ -26,8 +26,7 @@ from sophia_train.launch import launch
 from sophia_train.memory import estimate_memory, plan_micro_batch
 from sophia_train.models import convert
 from sophia_train.models.gpt2 import GPT2, GPT2Config
-from sophia_train.optim.groups import decay_groups
-from sophia_train.run_config import RunConfig, build, to_json, with_processes
+from sophia_train.run_config import RunConfig, build, build_optimizer, to_json, with_processes
 from sophia_train.run_folder import RunFolder, environment
 from sophia_train.throughput import Throughput
 from sophia_train.trackers.base import RunInfo, Silent, Tracker, Trackers
@@ -124,7 +123,7 @@ def build_trainer(
     micro_batch_size = _micro_batch_size(config, model, accelerator)
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
         model.compile()
-    optimizer = build(config.optimizer, decay_groups(model))
+    optimizer = build_optimizer(config.optimizer, model)
     prepared = accelerator.prepare_model(model)
     replica = Replica(
         prepared,
@@ -143,6 +142,7 @@ def build_trainer(
         replica=replica,
         optimizer=optimizer,
         schedule=build(config.schedule),
+        gamma=build(config.gamma),
         hessian=HessianUpdater(
             build(config.hessian),
             optimizer,
@@ -270,7 +270,7 @@ def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
     """Print what a run would be (`dry_run=true`)."""
     with torch.device("meta"):
         model = GPT2(config.model)
-    build(config.optimizer, decay_groups(model))
+    build_optimizer(config.optimizer, model)
     estimator: Estimator = build(config.hessian)
     hessian = estimator.passes * estimator.size(config.batch_size) / estimator.interval / config.batch_size
     size = _micro_batch_size(config, model, accelerator)

@@ -19,11 +19,14 @@ from sophia_train.distributed import StopSignal, sum_over_processes
 from sophia_train.errors import DataError, Interrupted
 from sophia_train.evaluation import evaluate
 from sophia_train.gradients import accumulate_gradients, micro_batches
+from sophia_train.health import HealthMonitor
 from sophia_train.hessian.base import HessianUpdater, Replica
 from sophia_train.models.gpt2 import GPT2
 from sophia_train.models.losses import cross_entropy
+from sophia_train.optim.evaluation_weights import evaluation_weights
+from sophia_train.optim.gamma import GammaRule
 from sophia_train.optim.schedules import Schedule
-from sophia_train.optim.statistics import optimizer_statistics
+from sophia_train.optim.statistics import hessian_statistics, optimizer_statistics
 from sophia_train.seeds import derive
 from sophia_train.state import TrainState
 from sophia_train.throughput import Throughput
@@ -84,6 +87,7 @@ class Trainer:
         replica: the prepared model on this process.
         optimizer: any torch optimizer; learning rates of its groups are the peaks of the schedule.
         schedule: factor on the learning rates for each step.
+        gamma: sets gamma for each step, if the optimizer has one.
         hessian: refreshes the optimizer's Hessian, if it has one.
         batches: this process's part of the batch of each step.
         validation: this process's validation micro-batches.
@@ -103,6 +107,7 @@ class Trainer:
         replica: Replica,
         optimizer: Optimizer,
         schedule: Schedule,
+        gamma: GammaRule,
         hessian: HessianUpdater,
         batches: Batches,
         validation: Iterable[tuple[Tensor, Tensor]],
@@ -120,6 +125,7 @@ class Trainer:
         self.unwrapped = cast(GPT2, getattr(replica.model, "module", replica.model))
         self.optimizer = optimizer
         self.schedule = schedule
+        self.gamma = gamma
         self.hessian = hessian
         self.batches = batches
         self.validation = validation
@@ -132,6 +138,7 @@ class Trainer:
         self.state = TrainState()
         self.validation_loss: float | None = None
         self.stop_signal = StopSignal()
+        self.health = HealthMonitor(hessian.interval)
         self.total_steps = total_steps
         self._saved_step: int | None = None
         self._clock = time.perf_counter()
@@ -161,6 +168,7 @@ class Trainer:
             factor = self.schedule(state.step, self.total_steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+            self.gamma.adjust(self.optimizer, state.step, self.total_steps)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._advance(batch, result)
@@ -282,13 +290,14 @@ class Trainer:
         state, block_size = self.state, batch.inputs.shape[1]
         tokens = batch.targets.numel() * self.replica.world_size
         flops_per_token = self.unwrapped.flops_per_token()
-        hessian_tokens = self.hessian.pass_sequences(state.step) * block_size
+        flops = flops_per_token * tokens
+        hessian_flops = flops_per_token * self.hessian.pass_sequences(state.step) * block_size
         state.step += 1
         state.tokens += tokens
-        state.flops += flops_per_token * (tokens + hessian_tokens)
+        state.flops += flops + hessian_flops
         state.skipped_steps += result.skipped
         state.consecutive_skipped_steps = (state.consecutive_skipped_steps + 1) * result.skipped
-        self.throughput.add(tokens, flops_per_token * tokens)
+        self.throughput.add(tokens, flops, hessian_flops)
 
     def _check_finite(self, result: StepResult) -> None:
         if not result.skipped:
@@ -303,26 +312,32 @@ class Trainer:
             )
 
     def _measure(self, result: StepResult) -> dict[str, float]:
-        statistics = {name: value.item() for name, value in optimizer_statistics(self.optimizer).items()}
-        return {
+        names: dict[Tensor, str] = {p: name for name, p in self.unwrapped.named_parameters()}
+        on_device = optimizer_statistics(self.optimizer) | hessian_statistics(self.optimizer, names)
+        metrics = {
             "train/loss": result.loss,
             "optim/lr": self.optimizer.param_groups[0]["lr"],
             "optim/grad_norm": result.grad_norm,
             "optim/grad_clipped": float(result.clipped),
             "optim/skipped_steps": self.state.skipped_steps,
-            "optim/hessian_rejected": self.hessian.rejected,
-            **statistics,
+            **{name: value.item() for name, value in on_device.items()},
+            **self.hessian.metrics(self.state.step),
             **self.throughput.report(),
         }
+        for warning in self.health.warnings(metrics, self.state.step):
+            logger.warning("step %d: %s", self.state.step, warning)
+        return metrics
 
     def _evaluate(self) -> dict[str, float]:
-        self.validation_loss = evaluate(self.model, self.validation, sum_over_processes, self.device)
+        with evaluation_weights(self.optimizer):
+            self.validation_loss = evaluate(self.model, self.validation, sum_over_processes, self.device)
         self.throughput.restart()
         return {"val/loss": self.validation_loss}
 
     def _write_sample(self) -> None:
         if self.replica.rank == 0:
-            self.trackers.text("sample", self.sample(), self.state.step)
+            with evaluation_weights(self.optimizer):
+                self.trackers.text("sample", self.sample(), self.state.step)
         self.throughput.restart()
 
     def _log(self, metrics: Mapping[str, float]) -> None:

@@ -17,6 +17,7 @@ from sophia_train.data.token_files import Tokens, TokenShard
 from sophia_train.hessian import GNB, HessianUpdater, NoHessian, Replica
 from sophia_train.models.gpt2 import GPT2, GPT2Config
 from sophia_train.optim import Sophia
+from sophia_train.optim.gamma import FixedGamma
 from sophia_train.optim.groups import decay_groups
 from sophia_train.optim.schedules import Cosine
 from sophia_train.throughput import Throughput
@@ -76,6 +77,7 @@ def build(run_dir: Path, *, optimizer="sophia", dtype=torch.float32, micro_batch
         replica=replica,
         optimizer=made,
         schedule=Cosine(warmup_steps=3),
+        gamma=FixedGamma(),
         hessian=HessianUpdater(
             estimator,
             made,

@@ -77,8 +77,12 @@ def test_every_optimizer_writes_the_same_metrics(tiny, tmp_path):
         arguments = [f"optimizer={optimizer}"] + ["~hessian.interval"] * (optimizer == "adamw")
         assert tiny(folder, *arguments).code == 0
         names[optimizer] = {name for record in records(folder) for name in record}
-    only_sophia = {"optim/hessian_norm", "optim/hessian_negative_fraction", "optim/unclipped_fraction"}
-    assert names["sophia_g"] - names["adamw"] == only_sophia and names["adamw"] < names["sophia_g"]
+    only_sophia = "optim/hessian_norm optim/hessian_negative_fraction optim/hessian_zero_fraction "
+    only_sophia += "optim/hessian_rejected optim/unclipped_fraction optim/gamma hessian/age "
+    only_sophia += " ".join(f"hessian/quantile_{level}" for level in ("01", "10", "50", "90", "99")) + " "
+    only_sophia += " ".join(f"hessian/unclipped_fraction/{layer}" for layer in ("wte", "wpe", "h.0", "ln_f"))
+    assert names["sophia_g"] - names["adamw"] == set(only_sophia.split())
+    assert names["adamw"] < names["sophia_g"]
 
 
 def test_both_optimizers_see_the_same_first_loss_and_text(tiny, tmp_path):

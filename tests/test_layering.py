@@ -29,6 +29,7 @@ LAYERS = {
     "hessian": 2,
     "memory": 2,
     "throughput": 2,
+    "health": 2,
     "compare": 3,
     "run_folder": 3,
     "trainer": 3,
@@ -54,7 +55,7 @@ LIBRARIES = {
     "safetensors": {"checkpoint", "models/convert"},
     "tensorboard": {"trackers/tensorboard"},
     "tiktoken": {"data/tokenizers"},
-    "transformers": {"scripts/benchmark"},
+    "transformers": {"hessian/transformers_callback", "scripts/benchmark"},
     "wandb": {"trackers/wandb"},
     "zstandard": {"data/text_files"},
 }

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from sophia_train.data.batches import Batch
+from sophia_train.gradients import count_targets
 from sophia_train.seeds import derive
 
 Estimates = dict[Tensor, Tensor]
@@ -39,6 +41,23 @@ class Replica:
     no_sync: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     sum_over_processes: Callable[[list[Tensor]], None] = _leave
 
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model itself, whose backward pass leaves other processes alone."""
+        module = getattr(self.model, "module", self.model)
+        assert isinstance(module, nn.Module)
+        return module
+
+    def gradients(self) -> Estimates:
+        """The `.grad` of every parameter that has one."""
+        return {p: p.grad for p in self.model.parameters() if p.grad is not None}
+
+    def count_targets(self, batch: Batch) -> Tensor:
+        """Target tokens of a batch over all processes, a scalar on the device: the B of the estimates."""
+        tokens = count_targets(batch.targets)
+        self.sum_over_processes([tokens])
+        return tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator(ABC):
@@ -47,6 +66,9 @@ class Estimator(ABC):
     Attributes:
         interval: refresh every so many steps, the first step included (k of Alg. 3).
         batch_size: the first so many sequences of the step's batch, over all processes; None takes all.
+        refresh_at_start: whether the first step is preceded by a refresh (the paper). Without it h is 0 for
+            the first `interval` steps, which is what comes of refreshing *after* the last step of each
+            interval, as the official code does: the same weights, one step later by name.
         reads_training_gradient: whether `.grad` already is what the estimate is made of, so that no pass of
             its own is needed.
         passes: cost per token, in forward-backward passes.
@@ -57,6 +79,7 @@ class Estimator(ABC):
 
     interval: int = 10
     batch_size: int | None = None
+    refresh_at_start: bool = True
 
     reads_training_gradient: ClassVar[bool] = False
     passes: ClassVar[float] = 1.0
@@ -69,7 +92,7 @@ class Estimator(ABC):
 
     def due(self, step: int) -> bool:
         """Whether h is refreshed before the update that follows `step` completed ones (Alg. 3, line 7)."""
-        return step % self.interval == 0
+        return step % self.interval == 0 and (step > 0 or self.refresh_at_start)
 
     def check(self, batch_size: int, world_size: int) -> None:
         """Check the estimator against a run.
@@ -103,11 +126,36 @@ class Estimator(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingGradientEstimator(Estimator):
+    """An estimator made of the training gradient: accumulated, reduced over processes, and not clipped.
+
+    It costs no pass of its own, and its sub-batch is the whole batch.
+    """
+
+    batch_size: int | None = field(default=None, init=False)  # not a setting here
+
+    reads_training_gradient: ClassVar[bool] = True
+    passes: ClassVar[float] = 0.0
+
+    def estimate(self, replica: Replica, batch: Batch, seed: int) -> Estimates:
+        """Estimate from `.grad`, which stays as it is; see `Estimator.estimate`."""
+        gradients = replica.gradients()
+        tokens = replica.count_targets(batch)
+        estimates = self.from_gradients(list(gradients.values()), tokens)
+        return dict(zip(gradients, estimates, strict=True))
+
+    @abstractmethod
+    def from_gradients(self, gradients: list[Tensor], tokens: int | Tensor) -> list[Tensor]:
+        """Make the estimates, new tensors, out of gradients of the mean loss over `tokens` target tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoHessian(Estimator):
     """For optimizers that take no Hessian, and for a Sophia that is to stay with h = 0 (clipping only)."""
 
     interval: int = field(default=1, init=False)  # not settings here
     batch_size: int | None = field(default=None, init=False)
+    refresh_at_start: bool = field(default=False, init=False)
 
     passes: ClassVar[float] = 0.0
 
@@ -156,7 +204,9 @@ class HessianUpdater:
         self.seed = seed
         self.timed = timed
         self.batch_size = batch_size
-        self._rejected: int | Tensor = 0  # a tensor on the device, so that counting reads nothing back
+        # tensors on the device as soon as something is counted, so that counting reads nothing back
+        self._rejected: int | Tensor = 0
+        self._refreshed: int | Tensor = -1
 
     def before(self, batch: Batch, step: int) -> None:
         """Refresh h ahead of the training gradient, if the estimator makes a pass of its own."""
@@ -173,17 +223,39 @@ class HessianUpdater:
         return self.estimator.passes * self.estimator.size(self.batch_size) * self.estimator.due(step)
 
     @property
+    def interval(self) -> int | None:
+        """Steps between two refreshes, None where there are none."""
+        return None if isinstance(self.estimator, NoHessian) else self.estimator.interval
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What is known of the refreshes after `step` completed steps; waits for the device.
+
+        Returns:
+            `optim/hessian_rejected`, estimates dropped so far, and once there is an h, `hessian/age`, the
+            steps that were made with it. Nothing for a run without a Hessian.
+        """
+        if self.interval is None:
+            return {}
+        age = {"hessian/age": step - self.refreshed} if self.refreshed >= 0 else {}
+        return {"optim/hessian_rejected": self.rejected, **age}
+
+    @property
     def rejected(self) -> int:
         """How many estimates were dropped because they were not finite; waits for the device."""
         return int(self._rejected)
 
+    @property
+    def refreshed(self) -> int:
+        """Completed steps at the last refresh that was used, -1 before the first; waits for the device."""
+        return int(self._refreshed)
+
     def state_dict(self) -> dict[str, int]:
         """State of the updater as JSON."""
-        return {"rejected": self.rejected}
+        return {"rejected": self.rejected, "refreshed": self.refreshed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Take up a saved state."""
-        self._rejected = state["rejected"]
+        self._rejected, self._refreshed = state["rejected"], state["refreshed"]
 
     def _refresh(self, batch: Batch, step: int) -> None:
         size = self.estimator.size(self.batch_size)
@@ -193,3 +265,4 @@ class HessianUpdater:
             estimates = self.estimator.estimate(self.replica, part, derive(self.seed, "hessian", step))
             used = self.optimizer.update_hessian(estimates)
         self._rejected = self._rejected + ~used
+        self._refreshed = torch.where(used, step, self._refreshed)

@@ -179,9 +179,14 @@ class GPT2(nn.Module):
             return cross_entropy(hidden, self.head, targets) / (targets >= 0).sum()
         return self.head(hidden)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the map to logits: the word embedding itself, (padded V, C)."""
+        return self.transformer.wte.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., C) to logits (..., V); the padding rows of the embedding are cut off."""
-        logits = F.linear(hidden, self.transformer.wte.weight)
+        logits = F.linear(hidden, self.head_weight)
         return logits[..., : self.config.vocab_size]
 
     def flops_per_token(self) -> int:

@@ -37,20 +37,19 @@ def sampled_cross_entropy(
 ) -> Tensor:
     """Sum of the cross-entropy of labels drawn from the model's own prediction (Sophia, Alg. 2, lines 3-4).
 
-    The label of a token is a pure function of its logits, its sequence's key and its position: the same for
-    any micro-batch, chunk and number of processes.
+    The label of a token is a pure function of its logits and its key: the same for any micro-batch, chunk and
+    number of processes.
 
     Args:
         hidden: (B, T, C) last hidden states.
         head: maps (N, C) hidden states to (N, V) logits.
-        keys: (B,) int64, one key a sequence.
+        keys: (B, T) int64, one key a token (`token_keys`); -1 marks a token that does not count.
         chunk_tokens: how many tokens have their logits in memory at a time.
 
     Returns:
         A scalar, float32 or wider. No gradient flows through the draw.
     """
-    per_token = (token_keys(keys, hidden.shape[1]).flatten(),)
-    return _sum_over_chunks(_sampled_cross_entropy, hidden, head, per_token, chunk_tokens)
+    return _sum_over_chunks(_sampled_cross_entropy, hidden, head, (keys.flatten(),), chunk_tokens)
 
 
 def token_keys(keys: Tensor, length: int) -> Tensor:
@@ -86,8 +85,8 @@ def _cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Te
 
 def _sampled_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], keys: Tensor) -> Tensor:
     logits = _wide(head(hidden))
-    labels = sample_labels(logits.detach(), keys)
-    return F.cross_entropy(logits, labels, reduction="sum")
+    labels = sample_labels(logits.detach(), keys).where(keys != -1, -1)
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
 
 
 def _sum_over_chunks(

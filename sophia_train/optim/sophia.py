@@ -1,6 +1,6 @@
 """Sophia: Second-order Clipped Stochastic Optimization (Liu et al., ICLR 2024, arXiv 2305.14342).
 
-Algorithm 3, with m the momentum, h the moving average of the Hessian's diagonal, and no bias correction:
+Algorithm 3, with m the momentum and h the moving average of the Hessian's diagonal:
 
     every k steps:  h <- b2 h + (1 - b2) h_hat            (line 9, `update_hessian`)
     every step:     m <- b1 m + (1 - b1) g                (line 6)
@@ -8,7 +8,8 @@ Algorithm 3, with m the momentum, h the moving average of the Hessian's diagonal
                     u = m / max(gamma h, eps)             (line 13; `eps_mode="add"`: gamma h + eps)
                     theta <- theta - lr clip(u, threshold)
 
-Where h is small or negative, the coordinate moves by lr times the clip threshold, as in sign descent.
+Where h is small or negative, the coordinate moves by lr times the clip threshold, as in sign descent. The
+paper corrects neither average for starting at 0; `bias_correction` does, as other published versions do.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,8 @@ class Sophia(Optimizer):
         eps: floor of the denominator (`eps_mode="max"`, the paper) or added to it (`"add"`, the official
             code and Sophia-Lite).
         eps_mode: "max" or "add".
+        bias_correction: "none" (the paper and the official code); "momentum", m / (1 - b1^t), as levanter and
+            optax; "both", with h / (1 - b2^n) after n estimates too.
         clip_threshold: bound of the preconditioned momentum; None leaves it unbounded.
         weight_decay: decoupled, multiplied by lr.
         maximize: ascend instead of descend.
@@ -54,6 +57,7 @@ class Sophia(Optimizer):
         weight_decay: float = 0.2,
         *,
         eps_mode: str = "max",
+        bias_correction: str = "none",
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
@@ -69,6 +73,8 @@ class Sophia(Optimizer):
             raise ValueError(f"clip_threshold={clip_threshold} must be above 0, or null for no clip")
         if eps_mode not in ("max", "add"):
             raise ValueError(f"eps_mode={eps_mode} must be max or add")
+        if bias_correction not in ("none", "momentum", "both"):
+            raise ValueError(f"bias_correction={bias_correction} must be none, momentum or both")
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -77,6 +83,7 @@ class Sophia(Optimizer):
             "clip_threshold": clip_threshold,
             "weight_decay": weight_decay,
             "eps_mode": eps_mode,
+            "bias_correction": bias_correction,
             "maximize": maximize,
             "foreach": foreach,
         }
@@ -106,16 +113,14 @@ class Sophia(Optimizer):
             if any(p.grad.is_sparse for p in params):
                 raise RuntimeError("Sophia does not support sparse gradients")
             grads = [p.grad for p in params]
-            states = [self._state_of(p) for p in params]
+            states = [self._state_of(p, group) for p in params]
             for state in states:
                 state["step"] += 1
-            exp_avgs = [state["exp_avg"] for state in states]
-            hessians = [state["hessian"] for state in states]
             foreach = group["foreach"]
             if foreach is None:
                 foreach = all(p.is_cuda for p in params)
             update = _multi_tensor_sophia if foreach else _single_tensor_sophia
-            update(params, grads, exp_avgs, hessians, group)
+            update(params, grads, states, group)
         return loss
 
     @torch.no_grad()
@@ -127,7 +132,7 @@ class Sophia(Optimizer):
 
         Args:
             estimates: the estimated diagonal for each parameter, of its shape; parameters that are not named
-                keep their h.
+                keep their h, and those of other parameters are only looked at for being finite.
 
         Returns:
             A boolean scalar on the device: whether the estimate was finite, that is, used.
@@ -135,63 +140,91 @@ class Sophia(Optimizer):
         Raises:
             ValueError: no estimate is for a parameter of this optimizer.
         """
-        used = [(p, g["betas"][1]) for g in self.param_groups for p in g["params"] if p in estimates]
+        used = [(p, group) for group in self.param_groups for p in group["params"] if p in estimates]
         if not used:
             raise ValueError("none of the estimates is for a parameter of this optimizer")
-        norms = torch._foreach_norm([estimates[p] for p, _ in used], float("inf"))
+        norms = torch._foreach_norm(list(estimates.values()), float("inf"))
         finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
-        for p, beta2 in used:
-            hessian = self._state_of(p)["hessian"]
-            estimate = torch.where(finite, estimates[p].to(hessian.dtype), hessian)
-            hessian.lerp_(estimate, 1 - beta2)
+        for p, group in used:
+            state, weight = self._state_of(p, group), 1 - group["betas"][1]
+            hessian = state["hessian"]
+            hessian.lerp_(torch.where(finite, estimates[p].to(hessian.dtype), hessian), weight)
+            if "hessian_weight" in state:
+                total = state["hessian_weight"]
+                total.lerp_(torch.where(finite, 1.0, total), weight)
         return finite
 
     @torch.no_grad()
-    def unclipped_fraction(self) -> Tensor:
-        """Share of coordinates that the last step did not clip (the official code's win rate), a scalar."""
+    def unclipped_fraction(self, params: Iterable[Tensor] | None = None) -> Tensor:
+        """Share of coordinates that the last step did not clip (the official code's win rate), a scalar.
+
+        Args:
+            params: those to look at; None takes all. Where there are none, or before the first step, NaN.
+        """
+        wanted = None if params is None else set(params)
         unclipped, total = [], 0
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state.get(p)
-                if not state:
+                if not state or (wanted is not None and p not in wanted):
                     continue
                 total += p.numel()
-                if group["clip_threshold"] is None:
+                clip = group["clip_threshold"]
+                if clip is None:
                     unclipped.append(torch.tensor(float(p.numel()), device=p.device))
                     continue
-                bound = _single_denominator(state["hessian"], group) * group["clip_threshold"]
-                unclipped.append((state["exp_avg"].abs() < bound).sum(dtype=torch.float32))
+                within = _momentum(state, group).abs() < _denominator(state, group) * clip
+                unclipped.append(within.sum(dtype=torch.float32))
         return torch.stack(unclipped).sum() / total if total else torch.tensor(float("nan"))
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
+    def _state_of(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["hessian"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if group["bias_correction"] == "both":  # the weight that estimates have in h: 1 - b2^n
+                state["hessian_weight"] = torch.zeros((), dtype=p.dtype, device=p.device)
         return state
 
 
-def _single_denominator(hessian: Tensor, group: Mapping[str, Any]) -> Tensor:
-    denominator = hessian * group["gamma"]
+def _momentum(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    momentum: Tensor = state["exp_avg"]
+    if group["bias_correction"] == "none":
+        return momentum
+    return momentum / _momentum_weight(state, group)
+
+
+def _momentum_weight(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+    return 1 - float(group["betas"][0] ** state["step"].item())
+
+
+def _denominator(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    denominator: Tensor = state["hessian"] * group["gamma"]
+    if group["bias_correction"] == "both":
+        denominator.div_(_hessian_weight(state))
     if group["eps_mode"] == "add":
         return denominator.add_(group["eps"])
     return denominator.clamp_min_(group["eps"])
 
 
+def _hessian_weight(state: Mapping[str, Any]) -> Tensor:
+    weight: Tensor = state["hessian_weight"]
+    return torch.where(weight > 0, weight, 1.0)  # before the first estimate h is 0
+
+
 def _single_tensor_sophia(
-    params: Iterable[Tensor],
-    grads: Iterable[Tensor],
-    exp_avgs: Iterable[Tensor],
-    hessians: Iterable[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
     group: Mapping[str, Any],
 ) -> None:
     lr, clip = group["lr"], group["clip_threshold"]
-    for param, grad, exp_avg, hessian in zip(params, grads, exp_avgs, hessians, strict=True):
+    for param, grad, state in zip(params, grads, states, strict=True):
         grad = -grad if group["maximize"] else grad
-        exp_avg.lerp_(grad, 1 - group["betas"][0])
+        state["exp_avg"].lerp_(grad, 1 - group["betas"][0])
         param.mul_(1 - lr * group["weight_decay"])
-        update = exp_avg / _single_denominator(hessian, group)
+        update = _momentum(state, group) / _denominator(state, group)
         if clip is not None:
             update.clamp_(-clip, clip)
         param.add_(update, alpha=-lr)
@@ -200,20 +233,25 @@ def _single_tensor_sophia(
 def _multi_tensor_sophia(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hessians: list[Tensor],
+    states: list[dict[str, Any]],
     group: Mapping[str, Any],
 ) -> None:
     lr, clip = group["lr"], group["clip_threshold"]
+    exp_avgs = [state["exp_avg"] for state in states]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     torch._foreach_lerp_(exp_avgs, grads, 1 - group["betas"][0])
     torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    denominators = torch._foreach_mul(hessians, group["gamma"])
+    denominators = torch._foreach_mul([state["hessian"] for state in states], group["gamma"])
+    if group["bias_correction"] == "both":
+        torch._foreach_div_(denominators, [_hessian_weight(state) for state in states])
     if group["eps_mode"] == "add":
         torch._foreach_add_(denominators, group["eps"])
     else:
         torch._foreach_clamp_min_(denominators, group["eps"])
+    if group["bias_correction"] != "none":
+        weights = [_momentum_weight(state, group) for state in states]
+        exp_avgs = list(torch._foreach_div(exp_avgs, weights))
     updates = torch._foreach_div(exp_avgs, denominators)
     del denominators
     if clip is not None:

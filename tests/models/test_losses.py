@@ -91,7 +91,7 @@ def test_neighbouring_tokens_and_sequences_draw_independently():
 
 def test_labels_do_not_depend_on_the_chunk_or_the_micro_batch(case):
     hidden, weight, _ = case
-    keys = torch.tensor([5, 2**62, 7])
+    keys = token_keys(torch.tensor([5, 2**62, 7]), hidden.shape[1])
 
     def head(h):
         return h @ weight.T

@@ -13,23 +13,42 @@ SETTINGS = [
     {"eps_mode": "add", "eps": 1e-8, "gamma": 1.0},
     {"clip_threshold": None, "eps": 0.04, "gamma": 1.0},
     {"clip_threshold": 0.3, "maximize": True},
+    {"bias_correction": "momentum"},
+    {"bias_correction": "both", "gamma": 0.3, "clip_threshold": None, "eps": 0.04},
 ]
 
 
 def reference(
-    theta, gradients, estimates, *, lr, betas, gamma, eps, clip_threshold, weight_decay, eps_mode, maximize
+    theta,
+    gradients,
+    estimates,
+    *,
+    lr,
+    betas,
+    gamma,
+    eps,
+    clip_threshold,
+    weight_decay,
+    eps_mode,
+    bias_correction,
+    maximize,
 ):
     """Algorithm 3, one coordinate at a time, in Python's float64."""
     theta = theta.double().flatten().tolist()
     m = [0.0] * len(theta)
     h = [0.0] * len(theta)
-    for gradient, estimate in zip(gradients, estimates, strict=True):
+    refreshes = 0
+    for step, (gradient, estimate) in enumerate(zip(gradients, estimates, strict=True), start=1):
+        refreshes += estimate is not None
+        m_weight = 1 - betas[0] ** step if bias_correction != "none" else 1.0
+        h_weight = 1 - betas[1] ** refreshes if bias_correction == "both" else 1.0
         for i, g in enumerate(gradient.double().flatten().tolist()):
             if estimate is not None:
                 h[i] = betas[1] * h[i] + (1 - betas[1]) * estimate.double().flatten()[i].item()
             m[i] = betas[0] * m[i] + (1 - betas[0]) * (-g if maximize else g)
             theta[i] -= lr * weight_decay * theta[i]
-            u = m[i] / (gamma * h[i] + eps if eps_mode == "add" else max(gamma * h[i], eps))
+            m_hat, h_hat = m[i] / m_weight, h[i] / h_weight
+            u = m_hat / (gamma * h_hat + eps if eps_mode == "add" else max(gamma * h_hat, eps))
             if clip_threshold is not None:
                 u = min(max(u, -clip_threshold), clip_threshold)
             theta[i] -= lr * u
@@ -188,6 +207,7 @@ def test_state_dict_round_trip_continues_bitwise():
         ("clip_threshold", 0.0),
         ("weight_decay", -1.0),
         ("eps_mode", "plus"),
+        ("bias_correction", "some"),
         ("lr", math.nan),
     ],
 )
