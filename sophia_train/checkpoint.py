@@ -27,7 +27,7 @@ from sophia_train.errors import ConfigError, DataError, MissingInputError
 from sophia_train.optim.evaluation_weights import evaluation_weights, has_evaluation_weights
 
 FORMAT_VERSION = 1
-_TENSOR = "__tensor__"
+_TENSOR, _ORDER = "__tensor__", "__order__"
 _FIX = "remove this checkpoint's folder to go on from an older one"
 
 
@@ -254,17 +254,16 @@ def _state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     state = optimizer.state_dict()
     groups = [{**g, "params": [order[number] for number in g["params"]]} for g in state["param_groups"]]
-    return {"state": {order[number]: s for number, s in state["state"].items()}, "param_groups": groups}
+    states = {order[number]: s for number, s in state["state"].items() if s}  # reading one may make it, empty
+    return {"state": states, "param_groups": groups}
 
 
 def _load_state_by_name(model: nn.Module, optimizer: Optimizer, by_name: dict[str, Any]) -> None:
+    """Take up a saved state; parameters without one, as those without a gradient so far, have none then."""
     current = _state_by_name(model, optimizer)["param_groups"]
     numbers = {name: n for n, name in enumerate(name for group in current for name in group["params"])}
     if [g["params"] for g in by_name["param_groups"]] != [g["params"] for g in current]:
         raise ValueError("its parameter groups differ")
-    missing = [name for name in numbers if name not in by_name["state"]]
-    if missing and by_name["state"]:
-        raise ValueError(f"it has no state for {missing[0]}")
     groups = [{**g, "params": [numbers[name] for name in g["params"]]} for g in by_name["param_groups"]]
     state = {numbers[name]: s for name, s in by_name["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -288,7 +287,7 @@ def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """Turn nested state into JSON, moving its tensors into `tensors` under their paths."""
     if isinstance(tree, Tensor):
         tensors[prefix] = tree
-        return {_TENSOR: prefix}
+        return {_TENSOR: prefix} | ({} if tree.is_contiguous() else {_ORDER: _memory_order(tree)})
     if isinstance(tree, dict):
         return {
             key: _flatten(value, f"{prefix}/{key}" if prefix else str(key), tensors)
@@ -304,8 +303,21 @@ def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, dict):
         if _TENSOR in tree:
-            return tensors[tree[_TENSOR]]
+            return _laid_out(tensors[tree[_TENSOR]], tree.get(_ORDER))
         return {key: _unflatten(value, tensors) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_unflatten(value, tensors) for value in tree]
     return tree
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """Dimensions from the slowest to the fastest in memory, where a file has them in their own order."""
+    strides = tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda dimension: -strides[dimension])
+
+
+def _laid_out(tensor: Tensor, order: list[int] | None) -> Tensor:
+    """Lay a tensor out as it was: products of matrices round differently for another layout."""
+    if order is None:
+        return tensor
+    return tensor.permute(order).contiguous().permute([order.index(each) for each in range(tensor.ndim)])

@@ -144,7 +144,8 @@ def build_optimizer(node: Mapping[str, Any], model: GPT2) -> torch.optim.Optimiz
     for section, each in nodes.items():
         names = shares[section if section in wanted else ""]
         if not names:
-            raise ConfigError(f"{section} has no parameters: those of optimizer.others take all; remove one")
+            taken = {name: words for name, words in wanted.items() if name != section}
+            raise ConfigError(f"{section} has no parameters left beside {show(taken)}; take fewer there")
         settings = {key: value for key, value in each.items() if key not in ("others", "parameters")}
         optimizers.append(build(settings, decay_groups(model, names)))
     return MixedOptimizer(optimizers) if len(optimizers) > 1 else optimizers[0]
@@ -174,7 +175,12 @@ def _owners(settings: Settings) -> tuple[dict[str, type], dict[str, Settings]]:
             nodes = _optimizer_nodes(content)
         for name, node in nodes.items():
             if not isinstance(node, dict) or "_target_" not in node:
-                raise ConfigError(f"{name}={show(node)} has no _target_; choose one with {group}=<name>")
+                fix = (
+                    f"add {name}._target_=<class>"
+                    if ".others." in name
+                    else f"choose one with {group}=<name>"
+                )
+                raise ConfigError(f"{name}={show(node)} has no _target_; {fix}")
             owners[name] = schema_check.find_class(f"{name}._target_", node["_target_"], base, packages)
             sections[name] = _arguments(node)
             if group == "optimizer":
@@ -265,7 +271,7 @@ def _check_estimator(config: RunConfig, hessian: type, optimizers: list[type]) -
 
 
 def _check_gamma(config: RunConfig, rule: type, optimizers: list[type]) -> None:
-    has_gamma = any("gamma" in schema_check.parameters(optimizer) for optimizer in optimizers)
+    has_gamma = any(hasattr(optimizer, "unclipped_fraction") for optimizer in optimizers)
     if not issubclass(rule, FixedGamma) and not has_gamma:
         raise ConfigError(
             f"gamma._target_={config.gamma['_target_']} sets a gamma, but "

@@ -18,6 +18,9 @@ from sophia_train.errors import ConfigError, UnavailableError
 
 Settings = dict[str, Any]
 
+# what constructors raise that do not like what they are given; libraries are not picky
+_REFUSALS = (ValueError, TypeError, AssertionError, RuntimeError, ArithmeticError)
+
 
 class Parameter(NamedTuple):
     """What a class takes under one name."""
@@ -149,7 +152,7 @@ def check_constructor(section: str, settings: Settings, construct: Callable[[Set
     """
     try:
         construct(settings)
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+    except _REFUSALS as error:
         reason = " ".join(str(error).split())
         for name, value in settings.items():
             if reason.startswith(name):
@@ -164,7 +167,7 @@ def check_constructor(section: str, settings: Settings, construct: Callable[[Set
 def _builds(construct: Callable[[Settings], object], settings: Settings) -> bool:
     try:
         construct(settings)
-    except (ValueError, TypeError, AssertionError, RuntimeError):
+    except _REFUSALS:
         return False
     return True
 
@@ -251,7 +254,7 @@ def nearest(key: str, valid: Sequence[str]) -> str:
 
 def close_to(word: Any, valid: Sequence[str]) -> str:
     """Ask for the valid word that was probably meant; empty if none is close."""
-    close = difflib.get_close_matches(str(word), valid, n=1, cutoff=0.5)
+    close = [] if word is None else difflib.get_close_matches(str(word), valid, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else ""
 
 

@@ -130,8 +130,9 @@ def build_trainer(
         micro_batch_size,
         rank,
         world_size,
-        functools.partial(accelerator.no_sync, prepared),
-        distributed.sum_over_processes,
+        no_sync=functools.partial(accelerator.no_sync, prepared),
+        autocast=accelerator.autocast,
+        sum_over_processes=distributed.sum_over_processes,
     )
     throughput = Throughput(device, world_size)
     block_size = config.model.block_size

@@ -1,6 +1,13 @@
+import sys
+
 import numpy as np
 import pytest
 from support import TINY, Runs
+
+# transformers uses torchvision for images only, does not import beside one that was built for another torch,
+# and remembers whether it saw any. So no test gets to see one, whoever imports transformers first:
+# pytorch_optimizer does, too.
+sys.modules["torchvision"] = None
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +37,19 @@ def tiny(runs, token_files):
         return runs(*arguments, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """Hugging Face's library, the oracle."""
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(request):
+    """Let every test choose its precision: Accelerate keeps the first, transformers' Trainer's too."""
+    yield
+    if "transformers" in request.fixturenames:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -68,7 +68,15 @@ def build(run_dir: Path, *, optimizer="sophia", dtype=torch.float32, micro_batch
         made, estimator = torch.optim.AdamW(decay_groups(model), lr=3e-3, fused=True), NoHessian()
     prepared = accelerator.prepare_model(model)
     no_sync = functools.partial(accelerator.no_sync, prepared)
-    replica = Replica(prepared, micro_batch_size, rank, world_size, no_sync, distributed.sum_over_processes)
+    replica = Replica(
+        prepared,
+        micro_batch_size,
+        rank,
+        world_size,
+        no_sync=no_sync,
+        autocast=accelerator.autocast,
+        sum_over_processes=distributed.sum_over_processes,
+    )
     throughput = Throughput(accelerator.device, world_size)
     tokens = text(run_dir.parent)
     trackers = Trackers(JsonlTracker())

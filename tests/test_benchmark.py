@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from sophia_train.benchmarks import hessian, train
 
 NAMES = ["sophia_train, AdamW", "transformers, AdamW", "sophia_train, Sophia-G"]
 FLAGS = ["train", "--batch-size", "2", "--micro-batch-size", "1", "--repeats", "2"]
@@ -62,9 +65,8 @@ def test_it_says_what_it_ran_on(measured):
 
 
 def test_the_table_fits_a_narrow_terminal(benchmark, measured, capsys):
-    script = benchmark.__globals__
-    script["Console"](width=80).print(script["train_table"](measured[1]))
-    print(script["train_notes"](measured[1]))
+    Console(width=80).print(train.table(measured[1]))
+    print(train.notes(measured[1]))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     for name in NAMES:
@@ -91,3 +93,46 @@ def test_mistakes_end_in_one_line(flags, message, benchmark, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert message in captured.err
+
+
+@pytest.fixture(scope="module")
+def cost(benchmark, tmp_path_factory):
+    """The JSON of a small `hessian` benchmark."""
+    file = tmp_path_factory.mktemp("benchmark") / "hessian.json"
+    runs = ["optimizer=sophia_g hessian.batch_size=1", "optimizer=sophia_empirical_fisher"]
+    flags = ["hessian", "--batch-size", "2", "--repeats", "2", "--runs", *runs, "--json", str(file)]
+    assert benchmark(flags) == 0
+    return json.loads(file.read_text())
+
+
+def test_the_cost_of_a_hessian_is_that_of_its_passes(cost):
+    rows = {row["name"]: row for row in cost["results"]}
+    assert list(rows)[0] == "optimizer=adamw" and rows["optimizer=adamw"]["overhead"] == 0
+    flops = [row["hessian_flops_share"] for row in rows.values()]
+    assert flops == pytest.approx([0, 1 / 21, 0])  # one of 2 sequences, every tenth step
+    adamw = rows["optimizer=adamw"]["seconds"]
+    for row in rows.values():
+        assert len(row["seconds"]) == 2
+        ratios = [own / theirs for own, theirs in zip(row["seconds"], adamw, strict=True)]
+        assert 1 / (1 + row["overhead"]) == pytest.approx(statistics.median(1 / ratio for ratio in ratios))
+
+
+def test_the_table_of_costs_fits_a_narrow_terminal(cost, capsys):
+    Console(width=80).print(hessian.table(cost))
+    print(hessian.notes(cost))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("sophia_g batch_size=1 ") and " 4.8%" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "15"], "multiple of 10"),
+        (["--runs", "optimizer=sofia_g"], "sophia_g?"),
+        (["--runs", "optimizer=sophia_lite", "--steps", "10"], "multiple of 20"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(flags, message, benchmark, capsys):
+    assert benchmark(["hessian", *flags]) == 64
+    assert message in capsys.readouterr().err

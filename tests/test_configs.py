@@ -23,7 +23,11 @@ from sophia_train.run_config import RunConfig, build_optimizer, with_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml"))
-NEEDED = {"text": ["data.path=x"], "token_files": ["data.path=x"]}  # settings without a default
+NEEDED = {
+    "text": ["data.path=x"],
+    "token_files": ["data.path=x"],
+    "finetune": ["data.path=x"],
+}  # settings without a default
 WRONG = {"no": "such"}  # a value that no key takes
 
 
@@ -77,7 +81,7 @@ FULL = ("optimizer=sophia_g", "data=text", "data.path=x", "tracker=[wandb,tensor
 class TestEveryFile:
     @pytest.mark.parametrize(("group", "choice"), CHOICES)
     def test_composes_and_its_nodes_build(self, group, choice):
-        needed = NEEDED.get(choice, []) + (["data.path=x"] if choice.startswith("paper_") else [])
+        needed = NEEDED.get(choice, ["data.path=x"] * choice.startswith("paper_")).copy()
         if group == "hessian":
             needed.append("optimizer=sophia_g")
         config = configured(f"{group}={choice}", *needed)
@@ -166,6 +170,10 @@ class TestChoosing:
     def test_the_hessian_takes_at_most_32_sequences(self, batch_size, part):
         assert configured(f"batch_size={batch_size}").hessian["batch_size"] == part
 
+    def test_an_optimizer_can_choose_its_schedule_under_an_experiment(self):
+        config = configured("experiment=demo", "optimizer=schedule_free")
+        assert config.schedule["_target_"].endswith(".Constant") and config.schedule["warmup_steps"] == 60
+
     def test_a_plus_that_is_not_needed_does_no_harm(self):
         assert configured("+seed=3", "++max_steps=9999") == configured("seed=3", "max_steps=9999")
 
@@ -210,6 +218,28 @@ LINES = {
     "max_tokens=1e6": ["max_tokens=1000000.0", "max_tokens=1000000"],
     "~optimizer": ["optimizer", "not set"],
     "optimizer=adamw hessian=gnb": ["hessian._target_=", "GNB", "AdamW", "use hessian=none"],
+    "optimizer=adamw gamma=auto": ["gamma._target_=", "AutoGamma", "AdamW", "use gamma=fixed"],
+    "optimizer=adamw hessian=hutchinson": ["hessian._target_=", "Hutchinson", "AdamW", "use hessian=none"],
+    "hessian=empirical_fisher hessian.batch_size=3": ["hessian.batch_size=3", "EmpiricalFisher"],
+    "optimizer=sophia_robust optimizer.others.adamw.parameters=[embedings]": [
+        'optimizer.others.adamw.parameters=["embedings"]',
+        "kinds are embeddings, head",
+    ],
+    "optimizer=sophia_robust optimizer.others.adamw.parameters=embeddings": [
+        "optimizer.others.adamw.parameters=embeddings",
+        "such as [embeddings]",
+    ],
+    "optimizer=sophia_robust optimizer.others.adamw.parameters=['*']": [
+        "optimizer has no parameters",
+        '["*"]',
+    ],
+    "optimizer=sophia_robust optimizer.others.adamw.lrr=1": ["others.adamw.lrr=1", "others.adamw.lr?"],
+    "optimizer=sophia_robust optimizer.others.adamw._target_=torch.optim.Adamm": [
+        "torch.optim.Adamm",
+        "Adam?",
+    ],
+    "optimizer.others.x.parameters=[embeddings]": ["optimizer.others.x=", "add optimizer.others.x._target_="],
+    "optimizer.others=3": ["optimizer.others=3", "a mapping"],
     "data=text": ["data.path", "add data.path=<text>"],
     "tracker.wandb.project=x": ["tracker.wandb=", "tracker=<name>"],
     "name=${nme}": ["name=${nme}", "nme", "not found"],
@@ -251,6 +281,7 @@ VALUES = {
     "optimizer.lr=-1": ["optimizer.lr=-1", "at least 0"],
     "optimizer.betas=[0.9,1.0]": ["optimizer.betas[1]=1.0", "below 1"],
     "optimizer=adamw optimizer.lr=-1": ["optimizer.lr=-1", "Invalid learning rate"],
+    "optimizer=mars optimizer.lr=0": ["optimizer.lr=0 is not possible", "zero"],
     "optimizer=adamw optimizer.betas=[0.9,1.5]": ["optimizer.betas=[0.9, 1.5]", "at index 1"],
     "model.n_layer=0": ["model.n_layer=0", "at least 1"],
     "model.dropout=1.5": ["model.dropout=1.5", "below 1"],
@@ -258,6 +289,14 @@ VALUES = {
     "schedule.warmup_steps=-1": ["schedule.warmup_steps=-1", "at least 0"],
     "schedule.final_lr_fraction=2": ["schedule.final_lr_fraction=2", "between 0 and 1"],
     "hessian.interval=0": ["hessian.interval=0", "at least 1"],
+    "hessian.gradient_clip=0": ["hessian.gradient_clip=0", "null for no clip"],
+    "hessian.groups=40": ["hessian.groups=40", "32 sequences", "use hessian.groups=1"],
+    "hessian=hutchinson hessian.probe=x": ["hessian.probe=x", "one of gaussian, rademacher"],
+    "hessian=hutchinson hessian.micro_batch_size=0": ["hessian.micro_batch_size=0", "at least 1"],
+    "gamma=auto gamma.low=0.9": ["gamma.low=0.9", "below high=0.5"],
+    "gamma=auto gamma.factor=10": ["gamma.factor=10", "high / low = 5"],
+    "gamma=decay gamma.start_fraction=1": ["gamma.start_fraction=1", "below 1"],
+    "optimizer.bias_correction=some": ["optimizer.bias_correction=some", "none, momentum or both"],
     "batch_size=10 processes=2 micro_batch_size=4": ["batch_size=10", "2 x 4", "use 8 or 16"],
     "batch_size=3 micro_batch_size=4": ["batch_size=3", "use 4"],
     "hessian.batch_size=1000": ["hessian.batch_size=1000", "batch_size=480", "use hessian.batch_size=480"],

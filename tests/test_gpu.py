@@ -9,10 +9,11 @@ import torch
 
 from sophia_train import launch
 from sophia_train.data.batches import Batch
-from sophia_train.hessian import GNB, Replica
+from sophia_train.hessian import GNB, EmpiricalFisher, GradientMagnitude, Hutchinson, Replica
 from sophia_train.models.gpt2 import GPT2, GPT2Config
 from sophia_train.models.losses import cross_entropy, sample_labels, sampled_cross_entropy, token_keys
 from sophia_train.optim import Sophia
+from sophia_train.seeds import derive
 from sophia_train.train import train
 
 pytestmark = [
@@ -103,7 +104,43 @@ def test_the_estimate_in_compiled_bf16_agrees_with_float32(model, batch):
     assert torch.stack(ratios).tolist() == pytest.approx([1.0] * len(ratios), rel=0.15)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sophia_g_short"])
+@pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
+def test_hutchinson_compiled_in_bf16_agrees_with_float64_on_the_cpu(model, batch, probe):
+    estimator = Hutchinson(probe=probe, micro_batch_size=4)
+    with torch.autocast("cuda", torch.bfloat16):
+        rough = estimator.estimate(Replica(model, 8), batch, 0)
+    exact_model = GPT2(CONFIG).double()
+    exact_model.load_state_dict(model.state_dict())
+    on_cpu = Batch(batch.inputs.cpu(), batch.targets.cpu(), batch.sequences)
+    # the probe of the GPU, whose generator is another
+    probes = [
+        estimator._probe(p, derive(0, "probe", index)).cpu().double()
+        for index, p in enumerate(model.parameters())
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hutchinson, "_probe", lambda *_: probes.pop(0))
+        exact = estimator.estimate(Replica(exact_model, 8), on_cpu, 0)
+    for ours, reference in zip(model.parameters(), exact_model.parameters(), strict=True):
+        error = (rough[ours].cpu() - exact[reference]).norm() / exact[reference].norm()
+        assert error < 0.05
+
+
+def test_estimators_read_nothing_back(model, batch):
+    optimizer = Sophia(model.parameters())
+    model(batch.inputs, batch.targets).backward()
+    torch.cuda.synchronize()
+    for estimator in (EmpiricalFisher(), GradientMagnitude(), GNB(), GNB(groups=4)):
+        with warnings.catch_warnings(action="ignore"):  # the mode announces itself as a prototype
+            if not estimator.reads_training_gradient:
+                model.zero_grad()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                optimizer.update_hessian(estimator.estimate(Replica(model, 4), batch, 0))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia_g_short", "sophia_h", "sophia_robust"])
 def test_an_interrupted_run_goes_on(tmp_path, optimizer):
     ids = (np.cumsum(np.random.default_rng(0).integers(1, 4, 60_000)) % 257).astype("<u2")
     ids[:50_000].tofile(tmp_path / "train.bin")

@@ -54,6 +54,15 @@ def test_loss_gradient_and_hessian(results, processes, case):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("case", ["hutchinson", "empirical_fisher", "gradient_magnitude"])
+def test_hessian_of_the_other_estimators(results, processes, case):
+    one, many = results[1][case], results[processes][case]
+    assert one.keys() == many.keys()
+    for name, expected in one.items():
+        assert expected.any() and relative_error(name, many[name], expected) < 1e-10, name
+
+
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("optimizer", ["sophia", "adamw"])
 def test_weights_after_twenty_steps(results, processes, optimizer):
     one, many = results[1][optimizer], results[processes][optimizer]

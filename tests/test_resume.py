@@ -15,6 +15,14 @@ CASES = {
     "sophia": ["optimizer=sophia_g", "sample_interval=2", "sample_tokens=12"],
     "sophia in groups": ["optimizer=sophia_g", "hessian.groups=2", "hessian.interval=3", "batch_size=6"],
     "adamw": ["optimizer=adamw", "~hessian.interval", "sample_interval=3", "sample_tokens=12"],
+    "hutchinson": ["optimizer=sophia_h", "hessian.batch_size=2"],
+    "mixed, gamma held": [
+        "optimizer=sophia_robust",
+        "gamma=auto",
+        "gamma.interval=2",
+        "optimizer.gamma=1e-6",
+        "optimizer.bias_correction=both",
+    ],
     "dropout": ["optimizer=sophia_g", "model.dropout=0.2", "log_interval=2"],
 }
 LENGTH = [f"max_steps={STEPS}", "save_interval=3", "eval_interval=2"]

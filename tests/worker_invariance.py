@@ -8,6 +8,13 @@ from safetensors.torch import save_file
 from support import build
 
 from sophia_train.distributed import sum_over_processes
+from sophia_train.hessian import (
+    EmpiricalFisher,
+    Estimator,
+    GradientMagnitude,
+    HessianUpdater,
+    Hutchinson,
+)
 
 
 def first_step(folder: Path, micro_batch_size: int, groups: int) -> dict[str, torch.Tensor]:
@@ -27,6 +34,20 @@ def first_step(folder: Path, micro_batch_size: int, groups: int) -> dict[str, to
     hessian = {f"hessian/{n}": trainer.optimizer.state[p]["hessian"] for n, p in model.named_parameters()}
     scalars = {"loss": torch.tensor(result.loss), "grad_norm": torch.tensor(result.grad_norm)}
     return {**captured, **hessian, **scalars}
+
+
+def first_refresh(folder: Path, micro_batch_size: int, estimator: Estimator) -> dict[str, torch.Tensor]:
+    """Hessian average after the first step in float64, of an estimator that `build` does not make."""
+    trainer, model = build(folder / "run", micro_batch_size=micro_batch_size, dtype=torch.float64)
+    trainer.hessian = HessianUpdater(
+        estimator,
+        trainer.optimizer,
+        trainer.replica,
+        batch_size=trainer.config.batch_size,
+        seed=trainer.config.seed,
+    )
+    trainer.train_step(trainer._next_batch())
+    return {f"hessian/{n}": trainer.optimizer.state[p]["hessian"] for n, p in model.named_parameters()}
 
 
 def twenty_steps(folder: Path, micro_batch_size: int, optimizer: str) -> dict[str, torch.Tensor]:
@@ -49,9 +70,13 @@ def twenty_steps(folder: Path, micro_batch_size: int, optimizer: str) -> dict[st
 
 if __name__ == "__main__":
     folder, micro_batch_size = Path(sys.argv[1]), int(sys.argv[2])
+    hutchinson = Hutchinson(batch_size=4, micro_batch_size=micro_batch_size)
     results = {
         "groups_1": first_step(folder, micro_batch_size, 1),
         "groups_4": first_step(folder, micro_batch_size, 4),
+        "hutchinson": first_refresh(folder, micro_batch_size, hutchinson),
+        "empirical_fisher": first_refresh(folder, micro_batch_size, EmpiricalFisher()),
+        "gradient_magnitude": first_refresh(folder, micro_batch_size, GradientMagnitude()),
         "sophia": twenty_steps(folder, micro_batch_size, "sophia"),
         "adamw": twenty_steps(folder, micro_batch_size, "adamw"),
     }

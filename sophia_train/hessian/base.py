@@ -31,6 +31,8 @@ class Replica:
         rank: number of this process.
         world_size: number of processes.
         no_sync: context in which a backward pass leaves other processes alone.
+        autocast: the mixed precision of the model's forward pass. Accelerate opens it inside that pass only,
+            and what differentiates a backward pass needs it there, too.
         sum_over_processes: sums tensors over all processes, in place.
     """
 
@@ -39,6 +41,7 @@ class Replica:
     rank: int = 0
     world_size: int = 1
     no_sync: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    autocast: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     sum_over_processes: Callable[[list[Tensor]], None] = _leave
 
     @property

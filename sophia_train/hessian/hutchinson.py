@@ -62,7 +62,8 @@ class Hutchinson(Estimator):
         total: list[Tensor] = []
         with evaluation_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             for part in micro_batches(batch.inputs, batch.targets, self.micro_batch_size):
-                terms = list(product(model, weights, probes, part.inputs, part.targets).values())
+                with replica.autocast():
+                    terms = list(product(model, weights, probes, part.inputs, part.targets).values())
                 if total:
                     torch._foreach_add_(total, terms)
                 else:

@@ -22,9 +22,10 @@ def estimate(
 ) -> Estimates:
     """Estimate the diagonal for a module of any kind, for `Sophia.update_hessian`.
 
-    The gradients that are in `.grad` stay as they are, so that it does not matter where in the loop this is
-    called. Under mixed precision call it inside `autocast`, as the model. In a loop with several processes
-    give it the module without its DDP wrapper, and average the estimates over the processes.
+    The gradients that are in `.grad` and the modules' modes stay as they are, so that it does not matter
+    where in the loop this is called. Under mixed precision call it inside `autocast`, as the model. In a loop
+    with several processes give it the module without its DDP wrapper, and average the estimates over the
+    processes.
 
     Args:
         estimator: its `interval` and `batch_size` are the caller's business here.
@@ -43,12 +44,15 @@ def estimate(
     if estimator.reads_training_gradient:
         return estimator.estimate(replica, batch, seed)
     gradients = [(p, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
     model.zero_grad(set_to_none=True)
     try:
         return estimator.estimate(replica, batch, seed)
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for module, training in modes:  # each its own: a caller may have frozen some in evaluation mode
+            module.training = training
 
 
 def attach(optimizer: Optimizer, estimator: Estimator, *, tokens: int) -> RemovableHandle:

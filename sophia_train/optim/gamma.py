@@ -50,7 +50,7 @@ class DecayingGamma(GammaRule):
     def adjust(self, optimizer: Optimizer, step: int, total_steps: int) -> None:  # noqa: D102
         start = self.start_fraction * total_steps
         progress = min(max(0.0, (step - start) / max(1.0, total_steps - start)), 1.0)
-        for group in _with_gamma(optimizer):
+        for group in gamma_groups(optimizer):
             initial = group.setdefault("initial_gamma", group["gamma"])
             group["gamma"] = initial * (1 + math.cos(math.pi * progress)) / 2
 
@@ -100,12 +100,13 @@ class AutoGamma(GammaRule):
         if frozen or step == 0 or step % self.interval or not hasattr(optimizer, "unclipped_fraction"):
             return
         fraction = optimizer.unclipped_fraction().item()
-        for group in _with_gamma(optimizer):
+        for group in gamma_groups(optimizer):
             if fraction < self.low:
                 group["gamma"] *= self.factor
             elif fraction > self.high:
                 group["gamma"] /= self.factor
 
 
-def _with_gamma(optimizer: Optimizer) -> list[dict[str, Any]]:
-    return [group for group in optimizer.param_groups if "gamma" in group]
+def gamma_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups of an optimizer that have a gamma and a clip; MARS calls something else a gamma."""
+    return [group for group in optimizer.param_groups if "gamma" in group and "clip_threshold" in group]

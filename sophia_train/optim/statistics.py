@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from sophia_train.optim.gamma import gamma_groups
+
 
 @torch.no_grad()
 def optimizer_statistics(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -32,9 +34,9 @@ def optimizer_statistics(optimizer: Optimizer) -> dict[str, Tensor]:
         statistics["optim/hessian_negative_fraction"] = negative / sum(h.numel() for h in hessians)
     if states and hasattr(optimizer, "unclipped_fraction"):
         statistics["optim/unclipped_fraction"] = optimizer.unclipped_fraction()
-    gammas = [group["gamma"] for group in optimizer.param_groups if "gamma" in group]
-    if gammas:
-        statistics["optim/gamma"] = torch.tensor(gammas[0])
+    groups = gamma_groups(optimizer)
+    if groups:
+        statistics["optim/gamma"] = torch.tensor(groups[0]["gamma"])
     return statistics
 
 

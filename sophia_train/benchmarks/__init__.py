@@ -1,0 +1,1 @@
+"""Benchmarks: speed beside a yardstick, in one process, taking turns."""

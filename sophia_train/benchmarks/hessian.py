@@ -1,0 +1,141 @@
+"""What each optimizer adds to AdamW's step and memory in the same trainer, its Hessian's passes included."""
+
+import argparse
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from sophia_train.benchmarks.turns import (
+    SEED,
+    Contestant,
+    check_refreshes,
+    overrides,
+    provenance,
+    random_words,
+    take_turns,
+)
+from sophia_train.config import compose, run_config
+from sophia_train.data.tokenizers import load_tokenizer
+from sophia_train.distributed import start
+from sophia_train.models import convert
+from sophia_train.trackers.base import Silent
+from sophia_train.train import build_trainer
+from sophia_train.trainer import Trainer
+
+YARDSTICK = "optimizer=adamw"
+RUNS = ["optimizer=sophia_g", "optimizer=sophia_h", "optimizer=sophia_empirical_fisher"]
+
+
+def report(options: argparse.Namespace) -> dict[str, Any]:
+    """Run AdamW and each of `options.runs`, overrides of a run, in turns; return what was measured.
+
+    All start from the same weights and see the same batches of random words. Every repeat has as many
+    refreshes as it should, so that its mean step is the average over steps with and without one.
+
+    Raises:
+        ConfigError: an option does not fit the model or the others, or the memory is too small.
+    """
+    common = overrides(
+        options.model,
+        options.batch_size,
+        options.micro_batch_size,
+        options.steps * options.repeats,
+        options.precision,
+        options.compile,
+    )
+    configs = {run: run_config(compose([*common, *run.split()])) for run in [YARDSTICK, *options.runs]}
+    for config in configs.values():
+        check_refreshes(config, options.steps)
+    accelerator = start(options.precision, 1)
+    with random_words(configs[YARDSTICK]) as words:
+        trainers = {
+            run: build_trainer(
+                config,
+                init_from=None,
+                splits=(words, words),
+                tokenizer=load_tokenizer("bytes"),
+                trackers=Silent(),
+                accelerator=accelerator,
+            )
+            for run, config in configs.items()
+        }
+        contestants = [_contestant(run, trainer) for run, trainer in trainers.items()]
+        yardstick = contestants[0]
+        take_turns(contestants, trainers[YARDSTICK], options.steps, options.repeats)
+    return {
+        "benchmark": "hessian",
+        "settings": {
+            "model": options.model,
+            "size": convert.describe(configs[YARDSTICK].model),
+            "batch_size": options.batch_size,
+            "micro_batch_size": trainers[YARDSTICK].replica.micro_batch_size,
+            "tokens_per_step": options.batch_size * configs[YARDSTICK].model.block_size,
+            "steps": options.steps,
+            "repeats": options.repeats,
+            "precision": options.precision,
+            "compile": options.compile,
+            "seed": SEED,
+        },
+        "environment": provenance(accelerator.device),
+        "results": [
+            {
+                "name": each.name,
+                "step_ms": each.step_ms(options.steps),
+                "overhead": 1 / each.times_faster_than(yardstick) - 1,
+                "hessian_flops_share": _flops_share(trainers[each.name], options.steps),
+                "peak_gb": (each.peak_bytes + _standing_bytes(trainers[each.name])) / 1e9,
+                "seconds": each.seconds,
+            }
+            for each in contestants
+        ],
+    }
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Lay out the figures in at most 80 columns."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column("")
+    for heading in ("ms a step", "over AdamW", "of FLOPs", "peak GB"):
+        made.add_column(heading, justify="right")
+    for row in report["results"]:
+        name = row["name"].replace("optimizer=", "").replace("hessian=", "").replace("hessian.", "")
+        peak = f"{row['peak_gb']:.2f}" if report["environment"]["device"] != "cpu" else "-"
+        over = f"{row['overhead']:+.1%}"
+        made.add_row(name, f"{row['step_ms']:,.1f}", over, f"{row['hessian_flops_share']:.1%}", peak)
+    return made
+
+
+def notes(report: dict[str, Any]) -> str:
+    """Say under what conditions the figures were measured."""
+    settings, env = report["settings"], report["environment"]
+    compiled = "compiled" if settings["compile"] else "not compiled"
+    return "\n".join(
+        [
+            f"over AdamW: time of a step, median of {settings['repeats']} repeats of "
+            f"{settings['steps']} steps in turns",
+            "of FLOPs: the Hessian's passes, of all",
+            f"model: {settings['model']}, {settings['precision']}, {compiled}",
+            f"batch: {settings['batch_size']} sequences, {settings['micro_batch_size']} a pass, "
+            f"{settings['tokens_per_step']:,} tokens",
+            f"device: {env['device']}, {env['threads']} threads",
+            f"versions: Python {env['python']}, torch {env['torch']}",
+        ]
+    )
+
+
+def _contestant(run: str, trainer: Trainer) -> Contestant:
+    return Contestant(run, lambda batch: trainer.train_step(batch).loss)
+
+
+def _flops_share(trainer: Trainer, steps: int) -> float:
+    """FLOPs of the Hessian's passes over all FLOPs, in a stretch of steps with as many refreshes as due."""
+    hessian = sum(trainer.hessian.pass_sequences(step) for step in range(1, steps + 1))
+    return hessian / (hessian + steps * trainer.config.batch_size)
+
+
+def _standing_bytes(trainer: Trainer) -> int:
+    """Bytes of parameters and optimizer state, which stand there between steps."""
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    tensors = [*trainer.model.parameters(), *(value for value in states if isinstance(value, torch.Tensor))]
+    return sum(tensor.nbytes for tensor in tensors)
