@@ -2,9 +2,11 @@
 
     python scripts/benchmark.py train [--model NAME] [--batch-size N] [--steps N] [--repeats N] ...
     python scripts/benchmark.py hessian [--runs "optimizer=sophia_g hessian.groups=8" ...] ...
+    python scripts/benchmark.py data PATH [--workers N] [--repeats N]
 
 `train`: our training step with AdamW and with Sophia-G, next to transformers' GPT-2 in a plain PyTorch loop.
 `hessian`: what each optimizer adds to AdamW's step and memory, the Hessian's passes included.
+`data`: preparing text, next to nanoGPT's recipe and to the bare tokenizer.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sophia_train import durable
-from sophia_train.benchmarks import hessian, train
+from sophia_train.benchmarks import data, hessian, train
 from sophia_train.command_line import Parser, whole_number
 from sophia_train.errors import exit_code_of
 
@@ -40,6 +42,13 @@ def _run(arguments: Sequence[str]) -> None:
                 metavar="OVERRIDES",
                 help="next to AdamW (%(default)s)",
             )
+    command = commands.add_parser("data", help=str(data.__doc__))
+    command.set_defaults(benchmark=data)
+    command.add_argument("path", help="text as of data.path")
+    command.add_argument("--workers", type=whole_number, default=1, metavar="N", help="(%(default)s)")
+    command.add_argument("--repeats", type=whole_number, default=3, metavar="N", help="timed (%(default)s)")
+    command.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to write (the system's)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     options = parser.parse_args(arguments)
     report = options.benchmark.report(options)
     Console(highlight=False, width=80).print(options.benchmark.table(report))

@@ -93,14 +93,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def reserve(file: BinaryIO, size: int) -> None:
-    """Reserve `size` bytes for an open file, so that writing it later cannot meet a full disk.
+    """Reserve `size` bytes for an open file, all told, so that writing them cannot meet a full disk.
 
     Raises:
         OSError: `ENOSPC`, naming the needed and the free bytes.
     """
     path = Path(file.name)
     before("reserve", path)
-    _check_space(path.parent, size)
+    _check_space(path.parent, size - os.fstat(file.fileno()).st_blocks * 512)  # less what it has already
     if hasattr(os, "posix_fallocate"):  # macOS has none: there the check above must do
         os.posix_fallocate(file.fileno(), 0, size)
 
@@ -110,6 +110,11 @@ def sync_file(file: BinaryIO) -> None:
     before("fsync", Path(file.name))
     file.flush()
     os.fsync(file.fileno())
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file that is on the disk already, and bring the new name there, too."""
+    _rename(source, target)
 
 
 def _check_space(folder: Path, size: int) -> None:

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from sophia_train import checkpoint, distributed
 from sophia_train.compare.curves import plot_run
 from sophia_train.data.base import Data
-from sophia_train.data.batches import Batches, validation_blocks
+from sophia_train.data.batches import Batches, document_blocks, validation_blocks
 from sophia_train.data.statistics import LARGEST_BIGRAM_VOCABULARY, ngram_cross_entropy
 from sophia_train.data.token_files import Tokens
 from sophia_train.data.tokenizers import Tokenizer
@@ -159,6 +159,9 @@ def build_trainer(
             seed=config.seed,
             rank=rank,
             world_size=world_size,
+            starts=document_blocks(training, block_size, tokenizer.end_of_text)
+            if config.data.get("start_at_documents")
+            else None,
         ),
         validation=validation_blocks(
             validation, block_size, rank, world_size, micro_batch_size, config.eval_tokens

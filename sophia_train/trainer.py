@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from sophia_train import checkpoint
 from sophia_train.data.batches import Batch, Batches
+from sophia_train.data.loader import Loader
 from sophia_train.distributed import StopSignal, sum_over_processes
 from sophia_train.errors import DataError, Interrupted
 from sophia_train.evaluation import evaluate
@@ -127,7 +128,7 @@ class Trainer:
         self.schedule = schedule
         self.gamma = gamma
         self.hessian = hessian
-        self.batches = batches
+        self.loader = Loader(batches, device)
         self.validation = validation
         self.trackers = trackers
         self.checkpoints = run_dir / "checkpoints"
@@ -261,9 +262,7 @@ class Trainer:
         return None if loss is None or not math.isfinite(loss) else loss
 
     def _next_batch(self) -> Batch:
-        batch = self.batches.batch(self.state.step)
-        inputs = batch.inputs.to(self.device, non_blocking=True)
-        return Batch(inputs, batch.targets.to(self.device, non_blocking=True), batch.sequences)
+        return self.loader.batch(self.state.step)
 
     def _read_back(self, loss: Tensor, norm: Tensor) -> StepResult:
         """Agree over the processes on how the step went: the one time that it waits for the device."""

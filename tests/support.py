@@ -14,6 +14,7 @@ import torch
 from sophia_train import distributed
 from sophia_train.data.batches import Batches, validation_blocks
 from sophia_train.data.token_files import Tokens, TokenShard
+from sophia_train.data.units import Unit
 from sophia_train.hessian import GNB, HessianUpdater, NoHessian, Replica
 from sophia_train.models.gpt2 import GPT2, GPT2Config
 from sophia_train.optim import Sophia
@@ -140,6 +141,17 @@ class Ended:
     @property
     def errors(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+class InMemory(Unit):
+    """A unit of documents that are at hand."""
+
+    def __init__(self, name, documents):
+        self.name, self.stored_bytes = name, 1
+        self._documents = documents
+
+    def documents(self):
+        yield from self._documents
 
 
 class Runs:

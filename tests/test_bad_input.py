@@ -6,10 +6,11 @@ import shutil
 import time
 
 import pytest
-from support import TINY, contents
+from support import TINY, InMemory, contents
 
-from sophia_train.data.prepare import Document, prepare
+from sophia_train.data.prepare import prepare
 from sophia_train.data.tokenizers import Bytes
+from sophia_train.data.units import ByKey, Document
 
 CONFIG, DATA, MISSING, UNAVAILABLE, OUTPUT = 64, 65, 66, 69, 73
 
@@ -81,8 +82,8 @@ class TestData:
         folder = tmp_path / "prepared"
         words = random.Random(0).choices(["sun", "moon", "stars", "and"], k=3000)
         texts = [Document(str(n), [" ".join(words[n::20])]) for n in range(20)]
-        options = {"source": "words", "revision": "1", "validation_fraction": 0.2, "shard_tokens": 4000}
-        prepare(folder, texts, Bytes(), **options)
+        options = {"source": "words", "revision": "1", "rule": ByKey(0.2)}
+        prepare(folder, [InMemory("first", texts[:10]), InMemory("second", texts[10:])], Bytes(), **options)
         return folder
 
     def test_of_less_than_a_batch(self, refused):

@@ -27,6 +27,7 @@ NEEDED = {
     "text": ["data.path=x"],
     "token_files": ["data.path=x"],
     "finetune": ["data.path=x"],
+    "hf": ["data.repo=owner/name"],
 }  # settings without a default
 WRONG = {"no": "such"}  # a value that no key takes
 

@@ -49,19 +49,24 @@ FOUNDATIONS = {"durable", "errors", "seeds"}
 # Third-party libraries below layer 4 and the modules that may import them; torch and numpy may be anywhere.
 LIBRARIES = {
     "accelerate": {"distributed", "trainer"},
+    "datasets": {"benchmarks/data"},
     "filelock": {"run_folder", "data/prepare"},
+    "huggingface_hub": {"data/hub_client"},
     "matplotlib": {"compare/curves"},
     "psutil": {"distributed"},
+    "pyarrow": {"data/parquet"},
+    "requests": {"data/hub_client"},
     "rich": {"trackers/console", "distributed"},
     "safetensors": {"checkpoint", "models/convert"},
     "tensorboard": {"trackers/tensorboard"},
-    "tiktoken": {"data/tokenizers"},
+    "tiktoken": {"benchmarks/data", "data/tokenizers"},
+    "tokenizers": {"data/tokenizers"},
     "transformers": {"hessian/transformers_callback", "benchmarks/train"},
     "wandb": {"trackers/wandb"},
-    "zstandard": {"data/text_files"},
+    "zstandard": {"data/text_files", "data/hub"},
 }
 # These are in those places only, in layer 4 too: they are optional, slow to import, or both.
-CONFINED = {"tiktoken", "transformers", "wandb", "tensorboard", "zstandard"}
+CONFINED = {"tiktoken", "tokenizers", "transformers", "wandb", "tensorboard", "zstandard"}
 
 
 def sources() -> list[Path]:

@@ -22,20 +22,20 @@ import torch.distributed.fsdp  # noqa: F401
 
 import sophia_train.trainer
 from sophia_train import durable, launch
-from sophia_train.data.batches import Batches
+from sophia_train.data.loader import Loader
 from sophia_train.train import train
 
 
 def at_step(step: int, action: Callable[[], None]) -> None:
     """Do something when `step` steps are completed and the next one begins."""
-    original = Batches.batch
+    original = Loader.batch
 
-    def batch(self: Batches, number: int) -> Any:
+    def batch(self: Loader, number: int) -> Any:
         if number == step:
             action()
         return original(self, number)
 
-    Batches.batch = batch
+    Loader.batch = batch
 
 
 def send_signal(step: int, name: str) -> None:

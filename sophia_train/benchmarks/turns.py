@@ -56,7 +56,7 @@ def take_turns(contestants: Sequence[Contestant], trainer: Trainer, steps: int, 
     for count in [WARMUP_STEPS] + [steps] * repeats:
         batches = [
             Batch(batch.inputs.to(device), batch.targets.to(device), batch.sequences)
-            for batch in (trainer.batches.batch(step) for step in range(first, first + count))
+            for batch in (trainer.loader.batches.batch(step) for step in range(first, first + count))
         ]
         for contestant in contestants:
             with _measured(contestant, device, counts=first > 0):

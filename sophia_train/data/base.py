@@ -22,10 +22,13 @@ class Data(ABC):
     """Tokenised text with a training and a validation split.
 
     Args:
-        tokenizer: `bytes` or `gpt2`.
+        tokenizer: `bytes`, `gpt2`, or the path of a Hugging Face `tokenizer.json`.
+        start_at_documents: let no training block start within a document; what of a document goes on beyond
+            its block is left out. Validation stays as it is, so that losses compare.
     """
 
     tokenizer: str
+    start_at_documents: bool = False
 
     def __post_init__(self) -> None:
         self.load_tokenizer()
@@ -33,6 +36,11 @@ class Data(ABC):
     def load_tokenizer(self) -> Tokenizer:
         """Return the tokenizer of this data; `ConfigError` when its name is unknown."""
         return load_tokenizer(self.tokenizer)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the ids mean, for manifests and folders: not `tokenizer`, which may be a file's path."""
+        return self.load_tokenizer().name
 
     @abstractmethod
     def prepare(self, progress: Progress | None = None) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sophia_train.data.token_files import Tokens
+from sophia_train.data.token_files import SCAN_TOKENS, Tokens
 from sophia_train.errors import ConfigError, DataError
 from sophia_train.seeds import derive
 
@@ -31,10 +31,39 @@ class Batch(NamedTuple):
     sequences: list[int]
 
 
+def document_blocks(tokens: Tokens, block_size: int, end_of_text: int) -> np.ndarray:
+    """Choose blocks none of which starts within a document; attention stays plain causal.
+
+    Each block starts at the first end of text, which precedes a document, at or after the end of the block
+    before; a document that goes on beyond its block loses the rest. Reads all tokens once.
+
+    Args:
+        tokens: of a split.
+        block_size: T, tokens per block; one more is needed, for the last target.
+        end_of_text: the token between documents.
+
+    Returns:
+        int64 [n_blocks], the first position of each.
+    """
+    found = [np.empty(0, dtype=np.int64)]
+    for start in range(0, len(tokens), SCAN_TOKENS):
+        part = tokens.read(start, min(SCAN_TOKENS, len(tokens) - start))
+        found.append(np.flatnonzero(part == end_of_text) + start)
+    documents = np.concatenate(found)
+    following = np.searchsorted(documents, documents + block_size).tolist()
+    chosen, at = [], 0
+    last = len(tokens) - block_size - 1
+    while at < len(documents) and documents[at] <= last:
+        chosen.append(at)
+        at = following[at]
+    return documents[chosen]
+
+
 class Batches:
     """Batches of fixed blocks, in a new order every epoch.
 
-    Block b covers inputs [b T, b T + T) and targets one token later, so n tokens make (n - 1) // T blocks.
+    Block b covers inputs [b T, b T + T) and targets one token later, so n tokens make (n - 1) // T blocks;
+    or it starts where `starts` says.
     Sequence number step * batch_size + i of the run is block `permute(number % n_blocks)` of epoch
     number // n_blocks: every block once an epoch, with no state but the step. Row i of a global batch goes to
     rank i mod W, so the global batch is the same on any number of ranks.
@@ -46,6 +75,7 @@ class Batches:
         seed: the run's seed.
         rank: which of the `world_size` ranks this is.
         world_size: W, the number of ranks.
+        starts: int64 [n_blocks], where blocks start, as of `document_blocks`; None puts them end to end.
 
     Raises:
         DataError: there are fewer blocks than sequences in a batch.
@@ -61,8 +91,9 @@ class Batches:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        starts: np.ndarray | None = None,
     ) -> None:
-        self.n_blocks = max(0, len(tokens) - 1) // block_size
+        self.n_blocks = max(0, len(tokens) - 1) // block_size if starts is None else len(starts)
         if batch_size % world_size:
             raise ConfigError(f"batch_size={batch_size} is not a multiple of the {world_size} processes")
         if self.n_blocks < batch_size:
@@ -75,6 +106,7 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
         self._rank, self._world_size = rank, world_size
+        self._starts = starts
 
     def batch(self, step: int) -> Batch:
         """Return this rank's part of the batch of `step`, counted from 0."""
@@ -86,7 +118,8 @@ class Batches:
             key = derive(self._seed, "data order", int(epoch))
             here = epochs == epoch
             blocks[here] = permute(positions[here], self.n_blocks, key)
-        return Batch(*_read_blocks(self._tokens, blocks, self._block_size), list(sequences))
+        starts = blocks * self._block_size if self._starts is None else self._starts[blocks]
+        return Batch(*_read_blocks(self._tokens, starts, self._block_size), list(sequences))
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -187,14 +220,16 @@ class ValidationBlocks(Sequence[tuple[Tensor, Tensor]]):
         shape = (self.micro_batch_size, self.block_size)
         inputs = torch.zeros(shape, dtype=torch.int64)
         targets = torch.full(shape, IGNORE_INDEX)
-        inputs[: len(blocks)], targets[: len(blocks)] = _read_blocks(self.tokens, blocks, self.block_size)
+        inputs[: len(blocks)], targets[: len(blocks)] = _read_blocks(
+            self.tokens, blocks * self.block_size, self.block_size
+        )
         return inputs, targets
 
 
-def _read_blocks(tokens: Tokens, blocks: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
-    rows = np.empty((len(blocks), block_size + 1), dtype=np.int64)
-    for row, block in zip(rows, blocks, strict=True):
-        row[:] = tokens.read(int(block) * block_size, block_size + 1)
+def _read_blocks(tokens: Tokens, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+    rows = np.empty((len(starts), block_size + 1), dtype=np.int64)
+    for row, start in zip(rows, starts, strict=True):
+        row[:] = tokens.read(int(start), block_size + 1)
     pairs = torch.from_numpy(rows)
     return pairs[:, :-1].contiguous(), pairs[:, 1:].contiguous()
 

@@ -36,6 +36,7 @@ class Manifest:
         validation_fraction: the share the rule was asked to hold out.
         documents: how many documents begin in each split.
         shards: the files of each split, in order.
+        text_bytes: bytes of text that the tokens were made of; 0 where that is not known.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Manifest:
     validation_fraction: float
     documents: dict[Split, int]
     shards: dict[Split, list[Shard]]
+    text_bytes: int = 0
 
     def tokens(self, split: Split) -> int:
         """Count the tokens of a split."""

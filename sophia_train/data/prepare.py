@@ -1,13 +1,26 @@
-"""Turn documents into a prepared folder of token shards, committed whole or not at all."""
+"""Turn a corpus into a prepared folder of token shards: in parallel, resumable, committed whole.
+
+Units are prepared apart, by any number of processes and machines, into parts (`parts.py`); when all are
+there, the folder is put together of them and appears with its manifest in one rename. The bytes depend on the
+corpus and the settings only.
+"""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
-import hashlib
+import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -15,200 +28,313 @@ from sophia_train import durable
 from sophia_train.data import manifest
 from sophia_train.data.base import SPLITS, Progress, Split
 from sophia_train.data.manifest import DTYPES, Manifest, Shard
-from sophia_train.data.token_files import Tokens, TokenShard
+from sophia_train.data.parts import Part, PartsFolder, ShardWriter, dtype_of, link, prepare_unit
+from sophia_train.data.token_files import TokenShard, check_shard
 from sophia_train.data.tokenizers import Tokenizer
-from sophia_train.errors import DataError, OutputError, StorageError
+from sophia_train.data.units import SplitRule, Unit
+from sophia_train.errors import ConfigError, DataError, MissingInputError, OutputError, StorageError
 
-BUFFER_TOKENS = 1 << 20
-
-
-class Document(NamedTuple):
-    """One text, in pieces that bound the memory it takes; its key decides its split."""
-
-    key: str
-    pieces: Iterable[str | bytes]
+COPY_TOKENS = 1 << 20
+REPORT_SECONDS = 0.2
 
 
 def prepare(
     folder: Path,
-    documents: Iterable[Document],
+    units: Sequence[Unit],
     tokenizer: Tokenizer,
     *,
     source: str,
     revision: str,
-    validation_fraction: float,
-    shard_tokens: int,
+    rule: SplitRule,
+    validation_shard_tokens: int = 100_000_000,
+    workers: int = 1,
+    share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> None:
-    """Tokenise `documents` into `folder`, each preceded by end of text as in llm.c, unless that is done.
-
-    The folder appears with its manifest in one rename, so a killed preparation leaves nothing that could be
-    mistaken for data, and starting it again gives the same bytes. Memory holds one piece and its tokens.
+    """Prepare `folder`, unless that is done; what an earlier call has done of it is not done again.
 
     Args:
         folder: where to; must not hold anything else.
-        documents: read once, in order.
+        units: of the corpus, in order.
         tokenizer: encodes them; ids are stored in 16 bits where the vocabulary fits.
         source: what the documents are, for the manifest.
         revision: which state of them.
-        validation_fraction: the share of documents, by a hash of their keys, that is held out. If that leaves
-            a split empty, the last tokens are held out instead.
-        shard_tokens: tokens per file.
-        progress: called after every piece.
+        rule: which documents are held out. If that leaves a split empty, the last tokens are held out.
+        validation_shard_tokens: tokens of a file of the validation split; one of training is a unit.
+        workers: processes at work.
+        share: (i, n) prepares units i, i + n, i + 2n, ... only, and leaves the rest to other calls; the call
+            with (0, 1) does what is left and puts the folder together.
+        progress: called now and then with documents, tokens and bytes of text so far, and at the end.
 
     Raises:
-        DataError: there are no documents.
+        ConfigError: there is no such share, or no worker.
+        DataError: there are no documents, or a preparation with other settings was begun here, or what there
+            is of it is damaged.
         OutputError: `folder` cannot be written.
         StorageError: the disk is full or fails.
+        MissingInputError: a worker was killed, or a part that was done is gone.
     """
+    if not 0 <= share[0] < share[1]:
+        raise ConfigError(
+            f"shard={share[0]}/{share[1]} is not one of 0/{share[1]} to {share[1] - 1}/{share[1]}"
+        )
+    if workers < 1:
+        raise ConfigError(f"workers={workers} must be at least 1")
     tokenizer.encode("")  # a vocabulary that cannot be had ends this before anything is written
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    with _storage_errors(folder), _only_one(folder):
-        if (folder / manifest.FILE_NAME).exists():
-            return
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        with durable.commit_folder(folder) as temporary:
-            writers = {split: _ShardWriter(temporary, split, dtype, shard_tokens) for split in SPLITS}
-            counts: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-            tokens = text_bytes = 0
-            for document in documents:
-                split = split_of(document.key, validation_fraction)
-                counts[split] += 1
-                tokens += writers[split].append([tokenizer.end_of_text])
-                for piece in document.pieces:
-                    tokens += writers[split].append(tokenizer.encode(piece))
-                    text_bytes += len(piece if isinstance(piece, bytes) else piece.encode(errors="replace"))
-                    if progress:
-                        progress(sum(counts.values()), tokens, text_bytes)
-            shards = {split: writers[split].close() for split in SPLITS}
-            rule = "documents"
-            if not all(shards.values()):
-                whole = shards["train"] or shards["validation"]
-                if not whole:
-                    raise DataError(f"{source} has no documents, so there is nothing to prepare in {folder}")
-                rule = "tail"
-                shards, counts = _hold_out_tail(
-                    temporary, whole, dtype, shard_tokens, validation_fraction, tokenizer.end_of_text
-                )
-            Manifest(
-                source=source,
-                revision=revision,
-                tokenizer=tokenizer.name,
-                vocab_size=tokenizer.vocab_size,
-                end_of_text=tokenizer.end_of_text,
-                dtype=dtype,
-                split_rule=rule,
-                validation_fraction=validation_fraction,
-                documents=counts,
-                shards=shards,
-            ).write(temporary)
-
-
-def split_of(key: str, validation_fraction: float) -> Split:
-    """Choose the split of a document by its key alone, the same on every machine and in any order."""
-    digest = hashlib.blake2b(key.encode("utf-8", errors="surrogateescape"), digest_size=8).digest()
-    return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2**64 else "train"
-
-
-class _ShardWriter:
-    """Write one split's tokens into shards of equal size, hashed on the way."""
-
-    def __init__(self, folder: Path, split: Split, dtype: str, shard_tokens: int) -> None:
-        self._folder, self._split = folder, split
-        self._dtype = np.dtype(DTYPES[dtype])
-        self._shard_tokens = shard_tokens
-        self._buffer: list[np.ndarray] = []
-        self._buffered = 0
-        self._written = 0  # tokens in the shard that is open
-        self._shards: list[Shard] = []
-
-    def append(self, ids: list[int] | np.ndarray) -> int:
-        """Add tokens; returns how many."""
-        self._buffer.append(np.asarray(ids, dtype=self._dtype))
-        self._buffered += len(ids)
-        if self._buffered >= BUFFER_TOKENS:
-            self._flush()
-        return len(ids)
-
-    def close(self) -> list[Shard]:
-        """Finish the last shard and return all."""
-        self._flush(last=True)
-        self._finish_shard()
-        return self._shards
-
-    def _flush(self, last: bool = False) -> None:
-        ids = np.concatenate([np.empty(0, self._dtype), *self._buffer])
-        self._buffer, self._buffered = [], 0
-        while len(ids):
-            if not self._written:
-                self._begin_shard(min(len(ids), self._shard_tokens) if last else self._shard_tokens)
-            part, ids = np.split(ids, [self._shard_tokens - self._written])
-            durable.before("write", self._path)
-            with self._path.open("r+b") as file:
-                file.seek(self._written * self._dtype.itemsize)
-                file.write(part.data)
-            self._digest.update(part.data)
-            self._written += len(part)
-            if self._written == self._shard_tokens:
-                self._finish_shard()
-
-    def _begin_shard(self, reserve: int) -> None:
-        self._path = self._folder / f"{self._split}_{len(self._shards):05d}.bin"
-        self._digest = hashlib.sha256()
-        with self._path.open("wb") as file:
-            durable.reserve(file, reserve * self._dtype.itemsize)
-
-    def _finish_shard(self) -> None:
-        if self._written:
-            os.truncate(self._path, self._written * self._dtype.itemsize)  # what was reserved in vain
-            self._shards.append(Shard(self._path.name, self._written, self._digest.hexdigest()))
-            self._written = 0
-
-
-def _hold_out_tail(
-    folder: Path, whole: list[Shard], dtype: str, shard_tokens: int, fraction: float, end_of_text: int
-) -> tuple[dict[Split, list[Shard]], dict[Split, int]]:
-    """Write the shards of one split again as two: all but the last tokens, and the last."""
-    moved = [
-        TokenShard((folder / s.file).rename(folder / f"whole_{s.file}"), DTYPES[dtype], 0, s.tokens)
-        for s in whole
-    ]
-    tokens = Tokens(moved)
-    held_out = max(1, round(len(tokens) * fraction))
-    ranges: dict[Split, range] = {
-        "train": range(0, len(tokens) - held_out, BUFFER_TOKENS),
-        "validation": range(len(tokens) - held_out, len(tokens), BUFFER_TOKENS),
+    plan = {
+        "source": source,
+        "revision": revision,
+        "tokenizer": tokenizer.name,
+        "split_rule": rule.describe(),
+        "validation_fraction": rule.fraction,
     }
-    shards: dict[Split, list[Shard]] = {}
-    documents: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-    for split, starts in ranges.items():
-        writer = _ShardWriter(folder, split, dtype, shard_tokens)
-        for start in starts:
-            ids = tokens.read(start, min(BUFFER_TOKENS, starts.stop - start))
-            writer.append(ids)
-            documents[split] += int(np.count_nonzero(ids == end_of_text))
-        shards[split] = writer.close()
-    for shard in moved:
-        shard.path.unlink()
-    return shards, documents
+    parts = PartsFolder(folder, units, plan)
+    alone = share == (0, 1)
+    with _storage_errors(folder), _turn(folder, alone) as is_last:
+        if (folder / manifest.FILE_NAME).exists():
+            if is_last():
+                parts.remove()  # what a kill has left right after the last rename
+            return
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+        try:
+            parts.begin(alone)
+            _prepare_units(parts, tokenizer, rule, workers, share, progress)
+            if alone:
+                _put_together(folder, parts, tokenizer, plan, validation_shard_tokens)
+        finally:
+            if not parts.any_done() and is_last():  # nothing to go on from
+                parts.remove()
+        if alone:
+            parts.remove()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill right after the last rename has left beside a prepared folder, if that can be."""
+    parts = PartsFolder(folder, [], {})
+    if parts.path.exists() or _lock_of(folder).exists():
+        with contextlib.suppress(OSError), _turn(folder, alone=True):
+            parts.remove()
+
+
+def _prepare_units(
+    parts: PartsFolder,
+    tokenizer: Tokenizer,
+    rule: SplitRule,
+    workers: int,
+    share: tuple[int, int],
+    progress: Progress | None,
+) -> None:
+    mine = range(share[0], len(parts.units), share[1])
+    done = {index: part for index in mine if (part := parts.find(index))}
+    # documents, tokens and bytes of each unit, where workers write and this process reads
+    context = multiprocessing.get_context("spawn")
+    counts = context.RawArray("q", 3 * max(1, len(parts.units)))
+    for index, part in done.items():
+        counts[3 * index : 3 * index + 3] = [sum(part.documents.values()), part.tokens, part.text_bytes]
+    left = [index for index in mine if index not in done]
+    reported = time.monotonic()
+
+    def report() -> None:
+        nonlocal reported
+        reported = time.monotonic()
+        if progress:
+            progress(*(sum(counts[which::3]) for which in range(3)))
+
+    if workers == 1:
+        for index in left:
+
+            def count(*unit: int, index: int = index) -> None:
+                counts[3 * index : 3 * index + 3] = unit
+                if time.monotonic() > reported + REPORT_SECONDS:
+                    report()
+
+            prepare_unit(parts, index, tokenizer, rule, count)
+        report()
+        return
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (parts, tokenizer, rule, counts))
+    with pool:
+        try:
+            with _without_main():
+                pending = {pool.submit(_work, index) for index in left}
+            while pending:
+                finished, pending = wait(pending, REPORT_SECONDS, FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+                report()
+        except BrokenProcessPool:
+            raise MissingInputError(
+                f"a worker was killed, perhaps for want of memory; {parts.path} keeps what is done: "
+                f"start again, with fewer than workers={workers} if it happens again"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    report()
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; a second process waits here, and then finds the folder prepared."""
-    lock = folder.with_name(f".{folder.name}.lock")
+def _without_main() -> Iterator[None]:
+    """Let processes that are spawned in the body leave the program alone that spawns them.
+
+    Each would import it to begin with, for whatever it is asked to do, and with it torch and much else: some
+    seconds for every worker, which needs this module only.
+    """
+    names: dict[str, Any] = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {name: names.pop(name) for name in ("__file__", "__spec__") if name in names}
+    names["__spec__"] = None
+    try:
+        yield
+    finally:
+        names.update(hidden)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _begin_worker(parts: PartsFolder, tokenizer: Tokenizer, rule: SplitRule, counts: Any) -> None:
+    _worker.update(parts=parts, tokenizer=tokenizer, rule=rule, counts=counts)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and say nothing; the parent speaks
+
+    def end_with_parent() -> None:  # which, killed, can tell nobody
+        if parent := multiprocessing.parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _work(index: int) -> None:
+    def count(*unit: int) -> None:
+        _worker["counts"][3 * index : 3 * index + 3] = unit
+
+    prepare_unit(_worker["parts"], index, _worker["tokenizer"], _worker["rule"], count)
+
+
+def _put_together(
+    folder: Path, parts: PartsFolder, tokenizer: Tokenizer, plan: dict[str, Any], validation_shard_tokens: int
+) -> None:
+    """Make the folder of the parts, which stay as they are until it is there."""
+    done: list[Part] = []
+    for index in range(len(parts.units)):
+        part = parts.find(index)
+        if part is None:
+            raise MissingInputError(f"{parts.path} has lost what was done of it; start again")
+        done.append(part)
+    documents: dict[Split, int] = {split: sum(part.documents[split] for part in done) for split in SPLITS}
+    if not any(documents.values()):
+        parts.remove()
+        raise DataError(f"{plan['source']} has no documents, so there is nothing to prepare in {folder}")
+    dtype = DTYPES[dtype_of(tokenizer)]
+    shards = {split: [shard for part in done if (shard := part.shards[split])] for split in SPLITS}
+    for shard in shards["train"] + shards["validation"]:
+        check_shard(TokenShard(parts.path / shard.file, dtype, 0, shard.tokens), shard.sha256)
+    split_rule = plan["split_rule"]
+    kept, held_out = shards["train"], shards["validation"]
+    n_kept, held_out_from = sum(shard.tokens for shard in kept), 0
+    if not (kept and held_out):
+        kept = held_out = kept or held_out
+        split_rule = "tail"
+        tokens = sum(shard.tokens for shard in kept)
+        n_kept = held_out_from = tokens - max(1, min(tokens - 1, round(tokens * plan["validation_fraction"])))
+        tail = _read(parts.path, kept, n_kept, tokens, dtype)
+        begun = sum(int(np.count_nonzero(ids == tokenizer.end_of_text)) for ids in tail)
+        documents = {"train": sum(documents.values()) - begun, "validation": begun}
+    if folder.is_dir():  # and empty, or this would not have begun
+        folder.rmdir()
+    with durable.commit_folder(folder) as temporary:
+        train: list[Shard] = []
+        for shard in kept:
+            path = temporary / f"train_{len(train):05d}.bin"
+            if n_kept >= shard.tokens:
+                link(parts.path / shard.file, path)
+                train.append(dataclasses.replace(shard, file=path.name))
+            elif n_kept > 0:
+                train.append(_write(path, _read(parts.path, [shard], 0, n_kept, dtype), tokenizer))
+            n_kept -= shard.tokens
+        validation: list[Shard] = []
+        stop = sum(shard.tokens for shard in held_out)
+        for start in range(held_out_from, stop, validation_shard_tokens):
+            path = temporary / f"validation_{len(validation):05d}.bin"
+            end = min(start + validation_shard_tokens, stop)
+            validation.append(_write(path, _read(parts.path, held_out, start, end, dtype), tokenizer))
+        Manifest(
+            source=plan["source"],
+            revision=plan["revision"],
+            tokenizer=tokenizer.name,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+            dtype=dtype_of(tokenizer),
+            split_rule=split_rule,
+            validation_fraction=plan["validation_fraction"],
+            documents=documents,
+            shards={"train": train, "validation": validation},
+            text_bytes=sum(part.text_bytes for part in done),
+        ).write(temporary)
+
+
+def _read(folder: Path, shards: Sequence[Shard], start: int, stop: int, dtype: str) -> Iterator[np.ndarray]:
+    """Read tokens `start` to `stop` of shards that follow each other, bounded at a time, and not mapped."""
+    for shard in shards:
+        first, last = max(0, start), min(stop, shard.tokens)
+        for at in range(first, last, COPY_TOKENS):
+            count = min(COPY_TOKENS, last - at)
+            yield np.fromfile(folder / shard.file, dtype, count, offset=at * np.dtype(dtype).itemsize)
+        start, stop = start - shard.tokens, stop - shard.tokens
+
+
+def _write(path: Path, tokens: Iterable[np.ndarray], tokenizer: Tokenizer) -> Shard:
+    writer = ShardWriter(path, dtype_of(tokenizer))
+    try:
+        for ids in tokens:
+            writer.append(ids)
+        shard = writer.close()
+    except BaseException:
+        writer.discard()
+        raise
+    assert shard is not None
+    return shard
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+@contextlib.contextmanager
+def _turn(folder: Path, alone: bool) -> Iterator[Callable[[], bool]]:
+    """Hold the folder's lock; yields what says, when the work is over, whether nobody else is at work.
+
+    Shares of a job array work beside each other, but none beside a call that puts the folder together: who
+    comes second waits here, and then finds what the first has done.
+    """
+    lock = _lock_of(folder)
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released by the system, however this process ends
-            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+        with lock.open("a+b") as file:  # NFS shares a lock with readers only, and gives it alone to writers
+            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)  # released however this process ends
+
+            def is_last() -> bool:
                 try:
-                    yield
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    return False  # and the one who has it will be asked this after us
+                return True
+
+            if _is_at(lock, file):
+                try:
+                    yield is_last
                 finally:
-                    lock.unlink()
+                    if is_last():
+                        lock.unlink(missing_ok=True)
                 return
         # else its last owner removed it while this process waited: take the new one
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -220,7 +346,14 @@ def _storage_errors(folder: Path) -> Iterator[None]:
             raise OutputError(
                 f"data.folder={folder} is there but not prepared data; remove it or choose another folder"
             ) from None
-        reason = f"data.folder={folder} cannot be written ({error.strerror or error})"
+        problem = error.strerror or str(error)
+        if error.errno == errno.ENOSPC and "needed" not in problem:  # met in spite of what was reserved
+            problem += f": {_free_bytes(folder):,} bytes free"
+        reason = f"data.folder={folder} cannot be written ({problem})"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
             raise OutputError(f"{reason}; choose another data.folder") from error
         raise StorageError(f"{reason}; free some space, then start again") from error
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free

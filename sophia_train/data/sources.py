@@ -5,27 +5,31 @@ import os
 import platform
 import sysconfig
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_train.data import manifest, text_files
 from sophia_train.data.base import SPLITS, Data, Progress, Split
 from sophia_train.data.manifest import Manifest
-from sophia_train.data.prepare import Document, prepare
+from sophia_train.data.prepare import prepare, remove_leftovers
 from sophia_train.data.token_files import Tokens, open_prepared
+from sophia_train.data.units import ByKey, SplitRule, Unit
 from sophia_train.errors import ConfigError, DataError, MissingInputError
+
+UNIT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextData(Data):
     """Data that is made from documents.
 
+    A subclass says what its `units` are.
+
     Args:
-        tokenizer: `bytes` or `gpt2`.
+        tokenizer: `bytes`, `gpt2`, or the path of a Hugging Face `tokenizer.json`.
         folder: where the prepared tokens are; by default a name under `data/` that says what they are.
         validation_fraction: the share of documents held out, chosen by a hash of their names.
-        shard_tokens: tokens per prepared file.
         verify: check the digests of the prepared files whenever they are opened.
 
     Raises:
@@ -35,7 +39,6 @@ class TextData(Data):
     tokenizer: str = "bytes"
     folder: str | None = None
     validation_fraction: float = 0.05
-    shard_tokens: int = 100_000_000
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -44,8 +47,6 @@ class TextData(Data):
             raise ConfigError(
                 f"data.validation_fraction={self.validation_fraction} must be between 0 and 1; use 0.05"
             )
-        if self.shard_tokens < 1:
-            raise ConfigError(f"data.shard_tokens={self.shard_tokens} is less than 1; use 100_000_000")
 
     @property
     @abstractmethod
@@ -57,16 +58,16 @@ class TextData(Data):
         """Which state of the text this is; `MissingInputError` when it is not there."""
 
     @abstractmethod
-    def text_bytes(self) -> int | None:
-        """How many bytes of text there are, where that is known before reading them."""
-
-    @abstractmethod
-    def documents(self) -> Iterator[Document]:
-        """Stream the documents in a fixed order."""
+    def units(self) -> Sequence[Unit]:
+        """List the parts that workers prepare apart, in a fixed order that depends on the text alone."""
 
     @abstractmethod
     def _folder_name(self) -> str:
         """Name the default folder, so that no two different preparations share one."""
+
+    def split_rule(self) -> SplitRule:
+        """Which documents are held out."""
+        return ByKey(self.validation_fraction)
 
     @property
     def prepared_folder(self) -> Path:
@@ -78,11 +79,13 @@ class TextData(Data):
         """Whether there is a prepared folder."""
         return (self.prepared_folder / manifest.FILE_NAME).exists()
 
-    def prepare(self, progress: Progress | None = None) -> None:
-        """Tokenise the documents unless that has been done.
+    def prepare(
+        self, progress: Progress | None = None, workers: int = 1, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Tokenise the documents unless that has been done; arguments as of `prepare.prepare`.
 
         Raises:
-            MissingInputError: there is no text.
+            MissingInputError: there is no text, or a worker was killed.
             DataError: the text cannot be read, or the folder was prepared from something else.
             UnavailableError: the tokenizer's vocabulary cannot be had.
             OutputError: the folder cannot be written.
@@ -90,36 +93,38 @@ class TextData(Data):
         """
         if self.is_prepared:
             self._check_origin()
+            remove_leftovers(self.prepared_folder)
             return
         prepare(
             self.prepared_folder,
-            self.documents(),
+            self.units(),
             self.load_tokenizer(),
             source=self.source,
             revision=self.revision(),
-            validation_fraction=self.validation_fraction,
-            shard_tokens=self.shard_tokens,
+            rule=self.split_rule(),
+            workers=workers,
+            share=share,
             progress=progress,
         )
 
     def open(self, split: Split) -> Tokens:
         """Open the tokens of one split; raises as `open_prepared`."""
-        return open_prepared(self.prepared_folder, split, self.tokenizer, self.verify)
+        return open_prepared(self.prepared_folder, split, self.tokenizer_name, self.verify)
 
     def describe(self) -> str:
         """Say in one line what the data is, how many tokens, and where."""
         folder = self.prepared_folder
         if not self.is_prepared:
-            return f"{self.source}, {self.tokenizer} tokens, to be prepared in {folder}"
+            return f"{self.source}, {self.tokenizer_name} tokens, to be prepared in {folder}"
         train, validation = (Manifest.read(folder).tokens(split) for split in SPLITS)
-        return f"{self.source}, {train:,} + {validation:,} {self.tokenizer} tokens in {folder}"
+        return f"{self.source}, {train:,} + {validation:,} {self.tokenizer_name} tokens in {folder}"
 
     def _check_origin(self) -> None:
         """Refuse a folder that was prepared from other text or with other settings."""
         record = Manifest.read(self.prepared_folder)
         expected = {
             "source": self.source,
-            "tokenizer": self.tokenizer,
+            "tokenizer": self.tokenizer_name,
             "validation_fraction": self.validation_fraction,
         }
         try:
@@ -153,20 +158,15 @@ class PythonStdlib(TextData):
         """Return the interpreter's version."""
         return platform.python_version()
 
-    def text_bytes(self) -> int:
-        """Return the size of all files."""
-        return sum(path.stat().st_size for path in self._files().values())
-
-    def documents(self) -> Iterator[Document]:
-        """Stream the modules sorted by name, as bytes; `MissingInputError` when there are no sources."""
-        for name, path in self._files().items():
-            yield Document(name, text_files.chunks(path))
+    def units(self) -> Sequence[Unit]:
+        """List the modules sorted by name, as bytes; `MissingInputError` when there are no sources."""
+        return text_files.units(self._files(), UNIT_BYTES, as_bytes=True)
 
     def _is_wanted(self, name: str) -> bool:
         return name not in self._excluded and not name.startswith(self._built_here)
 
     def _folder_name(self) -> str:
-        return f"{self.source}-{self.revision()}-{self.tokenizer}"
+        return f"{self.source}-{self.revision()}-{self.tokenizer_name}"
 
     def _files(self) -> dict[str, Path]:
         root = Path(sysconfig.get_path("stdlib"))
@@ -203,21 +203,14 @@ class Text(TextData):
         listing = [f"{name}\0{path.stat().st_size}" for name, path in text_files.find(self.path).items()]
         return _short_digest(*listing)
 
-    def text_bytes(self) -> int | None:
-        """Return the size of all files, unless some are packed or JSON lines."""
-        files = text_files.find(self.path).values()
-        if any(path.suffix.lower() in (".jsonl", *text_files.COMPRESSIONS) for path in files):
-            return None
-        return sum(path.stat().st_size for path in files)
-
-    def documents(self) -> Iterator[Document]:
-        """Stream the documents sorted by file name; raises as `find` and `documents` of `text_files`."""
-        return text_files.documents(text_files.find(self.path))
+    def units(self) -> Sequence[Unit]:
+        """List the files sorted by name, small ones together; raises as `text_files.find`."""
+        return text_files.units(text_files.find(self.path), UNIT_BYTES)
 
     def _folder_name(self) -> str:
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in self._resolved.name)
         settings = (str(self._resolved), str(self.validation_fraction))
-        return f"{name}-{self.tokenizer}-{_short_digest(*settings)}"
+        return f"{name}-{self.tokenizer_name}-{_short_digest(*settings)}"
 
     @property
     def _resolved(self) -> Path:

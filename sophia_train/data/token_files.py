@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from sophia_train.errors import DataError, MissingInputError
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
 SCAN_TOKENS = 1 << 22
+OPEN_FILES = 256  # of one split; a process may commonly have 1,024
 
 
 N_SAMPLES, SAMPLE_TOKENS = 64, 1024  # what a fingerprint reads
@@ -32,22 +34,24 @@ class TokenShard(NamedTuple):
 
 
 class Tokens:
-    """The tokens of one split: any number of memory-mapped files, read as if they were one array."""
+    """The tokens of one split: any number of memory-mapped files, read as if they were one array.
+
+    Files are mapped when they are read; the most recent ones stay, for a map keeps its file open.
+    """
 
     def __init__(self, shards: Sequence[TokenShard]) -> None:
-        shards = [shard for shard in shards if shard.tokens]  # nothing can be mapped of an empty file
-        self.paths = [shard.path for shard in shards]
-        # as plain arrays, since slicing a memmap object costs more than the read
-        self._arrays = [np.asarray(np.memmap(s.path, s.dtype, "r", s.offset, (s.tokens,))) for s in shards]
-        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        self.shards = [shard for shard in shards if shard.tokens]  # nothing can be mapped of an empty file
+        self._ends = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
+        self._maps: dict[int, np.ndarray] = {}  # the least recent first
+        self._lock = threading.Lock()  # the loader's thread is not the only one that reads
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self._arrays else 0
+        return int(self._ends[-1]) if self.shards else 0
 
     @property
     def n_shards(self) -> int:
         """How many files the tokens are in."""
-        return len(self._arrays)
+        return len(self.shards)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Read `count` tokens from position `start` as int64 [count].
@@ -61,13 +65,25 @@ class Tokens:
         done = 0
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while done < count:
-            array = self._arrays[shard]
+            array = self._array(shard)
             first = start + done - (int(self._ends[shard]) - len(array))
             part = array[first : first + count - done]
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
         return out
+
+    def _array(self, shard: int) -> np.ndarray:
+        with self._lock:
+            array = self._maps.pop(shard, None)
+            if array is None:
+                path, dtype, offset, tokens = self.shards[shard]
+                # as a plain array, since slicing a memmap object costs more than the read
+                array = np.asarray(np.memmap(path, dtype, "r", offset, (tokens,)))
+                if len(self._maps) >= OPEN_FILES:
+                    del self._maps[next(iter(self._maps))]
+            self._maps[shard] = array
+            return array
 
     def fingerprint(self) -> str:
         """Digest of the number of tokens and of 64 samples of them, the same however they are sharded."""
@@ -94,7 +110,7 @@ def open_prepared(folder: Path, split: Split, tokenizer: str, verify: bool) -> T
     if record.tokenizer != tokenizer:
         raise DataError(
             f"{folder} was prepared with tokenizer={record.tokenizer}, not with data.tokenizer={tokenizer}; "
-            f"set data.tokenizer={record.tokenizer} or another folder"
+            f"set data.tokenizer to {record.tokenizer}, or use another folder"
         )
     shards = [TokenShard(folder / s.file, DTYPES[record.dtype], 0, s.tokens) for s in record.shards[split]]
     for shard, digest in zip(shards, (s.sha256 for s in record.shards[split]), strict=True):
@@ -145,7 +161,7 @@ class TokenFiles(Data):
             DataError: a file is truncated, altered, or has ids outside the tokenizer's vocabulary.
         """
         if self._is_prepared():
-            return open_prepared(self._path, split, self.tokenizer, self.verify)
+            return open_prepared(self._path, split, self.tokenizer_name, self.verify)
         tokens = Tokens([read_header(path) for path in self._files(split)])
         if self.verify:
             self._check_ids(tokens)
@@ -155,7 +171,7 @@ class TokenFiles(Data):
         """Say in one line what the data is, how many tokens, and where."""
         data = dataclasses.replace(self, verify=False)
         train, validation = (len(data.open(split)) for split in SPLITS)
-        return f"token files, {train:,} + {validation:,} {self.tokenizer} tokens in {self.path}"
+        return f"token files, {train:,} + {validation:,} {self.tokenizer_name} tokens in {self.path}"
 
     @property
     def _path(self) -> Path:
@@ -184,12 +200,13 @@ class TokenFiles(Data):
 
     def _check_ids(self, tokens: Tokens) -> None:
         vocab_size = self.load_tokenizer().vocab_size
-        for path, array in zip(tokens.paths, tokens._arrays, strict=True):
-            for start in range(0, len(array), SCAN_TOKENS):
-                largest = int(array[start : start + SCAN_TOKENS].max())
+        for shard in tokens.shards:
+            whole = Tokens([shard])
+            for start in range(0, len(whole), SCAN_TOKENS):
+                largest = int(whole.read(start, min(SCAN_TOKENS, len(whole) - start)).max())
                 if largest >= vocab_size:
                     raise DataError(
-                        f"{path} holds token {largest}, but data.tokenizer={self.tokenizer} has only "
+                        f"{shard.path} holds token {largest}, but data.tokenizer={self.tokenizer} has only "
                         f"{vocab_size}; set the tokenizer it was made with, or copy it again if it is damaged"
                     )
 

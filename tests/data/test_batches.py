@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sophia_train.data.batches import Batches, permute, validation_blocks
+from sophia_train.data import batches as batches_module
+from sophia_train.data.batches import Batches, document_blocks, permute, validation_blocks
 from sophia_train.data.token_files import Tokens
 from sophia_train.errors import ConfigError, DataError
 
@@ -190,3 +191,33 @@ def test_less_than_a_validation_block_is_refused(make_tokens: MakeTokens) -> Non
     with pytest.raises(DataError, match="4 validation tokens are less than one block of block_size=4"):
         validation_blocks(make_tokens(np.arange(4)), 4, 0, 1, 1)
     assert len(validation_blocks(make_tokens(np.arange(5)), 4, 0, 1, 1)) == 1
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64])
+def test_no_block_starts_within_a_document(
+    make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
+    monkeypatch.setattr(batches_module, "SCAN_TOKENS", 37)
+    generator = np.random.default_rng(0)
+    ids = np.where(generator.random(3000) < 0.05, 9, generator.integers(0, 9, 3000))
+    tokens = make_tokens(ids, (500, 501, 2000))
+    starts = document_blocks(tokens, block_size, end_of_text=9)
+    assert (ids[starts] == 9).all()
+    ends = np.concatenate([[0], starts + block_size])
+    for before, start in zip(ends, np.append(starts, len(ids) - block_size), strict=True):
+        assert start >= before or start == len(ids) - block_size  # blocks do not overlap
+        assert not (ids[before:start] == 9).any()  # and none could have started earlier
+    batches = Batches(tokens, block_size=block_size, batch_size=5, seed=1, starts=starts)
+    assert batches.n_blocks == len(starts)
+    steps = -(-len(starts) // 5)
+    seen = np.concatenate([batches.batch(step).inputs.numpy() for step in range(steps)])[: len(starts)]
+    assert sorted(map(tuple, seen)) == sorted(tuple(ids[start : start + block_size]) for start in starts)
+    targets = batches.batch(0).targets.numpy()
+    assert (batches.batch(0).inputs.numpy()[:, 1:] == targets[:, :-1]).all()
+
+
+def test_text_without_ends_has_no_such_blocks(make_tokens: MakeTokens) -> None:
+    tokens = make_tokens(np.zeros(100, dtype=int))
+    assert len(document_blocks(tokens, 10, end_of_text=9)) == 0
+    with pytest.raises(DataError, match="make 0 blocks"):
+        Batches(tokens, block_size=10, batch_size=1, seed=0, starts=np.empty(0, dtype=np.int64))

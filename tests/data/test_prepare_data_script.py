@@ -1,24 +1,43 @@
 """`scripts/prepare_data.py`: what it makes, what it prints, and its exit codes."""
 
+import gzip
+import hashlib
 import importlib.util
+import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
+from rich.cells import cell_len
 
+from sophia_train.data import prepare as module
+from sophia_train.data import sources
+from sophia_train.data.manifest import Manifest
 from sophia_train.data.token_files import TokenFiles
+from sophia_train.data.tokenizers import load_tokenizer, train_bpe
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 Main = Callable[[list[str]], int]
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def main() -> Main:
+def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+@pytest.fixture
+def main(script: ModuleType) -> Main:
+    return script.main
 
 
 @pytest.fixture
@@ -31,7 +50,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_it_prepares_and_verifies(main: Main, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prepares_and_verifies(main: Main, texts: Path, capsys: Capture) -> None:
     arguments = ["data=text", f"data.path={texts}", "data.folder=prepared", "data.validation_fraction=0.3"]
     for _ in range(2):  # the second time there is nothing to do
         assert main(arguments) == 0
@@ -54,6 +73,9 @@ def test_it_prepares_and_verifies(main: Main, texts: Path, capsys: pytest.Captur
     assert printed.err.startswith("error: prepared: 1 shards are damaged")
 
 
+ARGUMENTS = ["data=text", "data.path=texts", "data.folder=prepared"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -63,10 +85,37 @@ def test_it_prepares_and_verifies(main: Main, texts: Path, capsys: pytest.Captur
         (["verify=nothing"], 66, "nothing is not a prepared data folder"),
         (["verify=nothing", "data=text"], 64, "verify=nothing stands alone"),
         (["data=text", "data.path=texts", "data.folder=texts"], 73, "data.folder=texts"),
+        ([*ARGUMENTS, "workers=0"], 64, "workers=0 is not a whole number of at least 1; use workers="),
+        ([*ARGUMENTS, "workers=x"], 64, "workers=x"),
+        ([*ARGUMENTS, "workers="], 64, "workers= is not"),
+        ([*ARGUMENTS, "worker=2"], 64, "worker=2: there is no such key; use workers="),
+        ([*ARGUMENTS, "workers=2", "workers=3"], 64, "workers=3, but workers=2"),
+        (
+            [*ARGUMENTS, "shard=3/3"],
+            64,
+            "shard=3/3 is out of range, as shards are counted from 0; use shard=0/3",
+        ),
+        ([*ARGUMENTS, "shard=0/0"], 64, "shard=0/0 is out of range"),
+        ([*ARGUMENTS, "shard=1"], 64, "shard=1 is not of the form i/n; use shard=0/4"),
+        ([*ARGUMENTS, "shard=-1/3"], 64, "shard=-1/3 is not of the form"),
+        ([*ARGUMENTS, "merge=yes"], 64, "merge=yes is neither true nor false; use merge=true"),
+        ([*ARGUMENTS, "merge=true", "shard=0/3"], 64, "merge=true and shard=0/3 do not go together"),
+        ([*ARGUMENTS, "merge=true"], 66, "prepared lacks units 0 of the 1 from 0 on"),
+        (["verify=nothing", "workers=2"], 64, "leave workers=2 out"),
+        (["inspect=nothing"], 66, "nothing does not exist"),
+        (["inspect=nothing", "data=text"], 64, "inspect=nothing stands alone"),
+        (["inspect=nothing", "merge=true"], 64, "leave merge=true out"),
+        (["inspect=texts"], 66, "texts has no manifest.json"),
+        (
+            ["data=token_files", "data.path=texts", "shard=0/2"],
+            64,
+            "shard=0/2: token files need no preparation",
+        ),
+        (["prepare"], 64, "prepare"),
     ],
 )
 def test_errors_are_one_line_with_their_code(
-    main: Main, texts: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, says: str
+    main: Main, texts: Path, capsys: Capture, arguments: list[str], code: int, says: str
 ) -> None:
     before = sorted(path.name for path in texts.parent.iterdir())
     assert main(arguments) == code
@@ -75,6 +124,184 @@ def test_errors_are_one_line_with_their_code(
     assert sorted(path.name for path in texts.parent.iterdir()) == before
 
 
-def test_help_says_how(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_how(main: Main, capsys: Capture) -> None:
     assert main(["--help"]) == 0
     assert "verify=FOLDER" in capsys.readouterr().out
+
+
+def digests(folder: str) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1500)
+
+
+def test_shards_and_workers_make_the_same_bytes(
+    main: Main, texts: Path, small_units: None, capsys: Capture
+) -> None:
+    base = ["data=text", "data.path=texts"]
+    assert main([*base, "data.folder=one", "workers=1"]) == 0
+    assert main([*base, "data.folder=two", "workers=2"]) == 0
+    expected = digests("one")
+    assert sum(name.startswith("train") for name in expected) > 3 and digests("two") == expected
+
+    three = [*base, "data.folder=three"]
+    capsys.readouterr()
+    assert main([*three, "shard=1/3"]) == 0
+    printed = capsys.readouterr()
+    assert "shard 1/3 is done" in printed.out and "of shard 0, 2 of 3" in printed.out
+    assert not Path("three").exists()
+    assert main([*three, "merge=true"]) == 66
+    error = capsys.readouterr().err
+    assert "three lacks units 0, 2-3, 5" in error and "merge=true" in error and error.count("\n") == 1
+    assert main([*three, "shard=0/3", "workers=1"]) == 0
+    assert main([*three, "shard=2/3", "workers=1"]) == 0
+    assert "merge=true" in capsys.readouterr().out.splitlines()[-1]
+    assert main([*three, "merge=true"]) == 0
+    assert digests("three") == expected
+    assert main([*three, "merge=true"]) == 0  # again is no harm, and so is a late shard
+    assert main([*three, "shard=0/3"]) == 0
+    assert digests("three") == expected
+
+
+def test_an_interruption_keeps_what_is_done(
+    main: Main, texts: Path, small_units: None, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_unit, done = module.prepare_unit, []
+
+    def interrupted(*arguments: object) -> object:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(prepare_unit(*arguments))  # type: ignore[arg-type]
+        return done[-1]
+
+    monkeypatch.setattr(module, "prepare_unit", interrupted)
+    arguments = [*ARGUMENTS, "workers=1"]
+    assert main(arguments) == 75
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: interrupted; units that are done are kept, and the same command goes on"
+    monkeypatch.setattr(module, "prepare_unit", prepare_unit)
+    assert main([*arguments, "merge=true"]) == 66
+    assert "lacks units 3-" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert main(["data=text", "data.path=texts", "data.folder=other", "workers=1"]) == 0
+    assert digests("prepared") == digests("other")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file", "gz"])
+def test_the_disk_is_estimated_beforehand(
+    script: ModuleType, texts: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    text = "the quick brown fox jumps over the lazy dog\n" * 3000
+    (texts / "long.txt").write_text(text)
+    tokenizer = "bytes"
+    if kind == "file":
+        tokenizer = "made.json"
+        Path(tokenizer).write_text(train_bpe([text], 300))
+    if kind == "gz":
+        shutil.rmtree(texts)
+        texts.mkdir()
+        words = np.random.default_rng(0).integers(97, 110, 200_000).astype(np.uint8).tobytes()
+        (texts / "long.txt.gz").write_bytes(gzip.compress(words))
+    text_data = sources.Text(path="texts", folder="prepared", tokenizer=tokenizer)
+    units = text_data.units()
+    said: list[str] = []
+    monkeypatch.setattr(script, "_note", said.append)
+    script.estimate(text_data, units, units, 1)
+    text_data.prepare()
+    tokens = sum(Manifest.read(Path("prepared")).tokens(split) for split in ("train", "validation"))
+    about = float(said[0].removeprefix("about ").split()[0]) * {"kB": 1e3, "MB": 1e6}[said[0].split()[2]]
+    assert 0.5 < about / (2 * tokens) < 2 and len(said) == 1 and len(said[0]) < 80
+
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    script.estimate(text_data, units, units, 1)
+    assert said[-1].startswith("warning: ") and "1.0 kB free" in said[-1] and "data.folder" in said[-1]
+
+
+def test_by_default_there_are_no_more_workers_than_units(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "_cores", lambda: 4)
+    assert [script.read_workers(None, units) for units in (0, 1, 3, 9)] == [1, 1, 3, 4]
+    assert script.read_workers("7", 1) == 7
+
+
+def test_progress_says_how_fast_and_how_long(
+    script: ModuleType, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
+    with script.Display(total=100e6) as display:
+        display.show(1000, 10_000_000, 40_000_000)  # of an earlier call
+        now[0] += 20
+        display.show(1500, 15_000_000, 60_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "1.5k documents  15.0M tokens  1.0 MB/s  eta 40s"
+
+
+def test_ranges_of_numbers(script: ModuleType) -> None:
+    assert script.numbers([0, 2, 3, 4, 9]) == "0, 2-4, 9"
+    assert script.numbers(range(0, 100, 2), most=2) == "0, 2, ..."
+
+
+def test_inspect_shows_counts_lengths_tokens_and_samples(main: Main, texts: Path, capsys: Capture) -> None:
+    (texts / "control.txt").write_text(
+        "\x1b[31mred\x07\r\n\u65e5\u672c" + "\u8a9e" * 100 + "\n[bold]\n4\n5\n6"
+    )
+    assert main([*ARGUMENTS, "data.validation_fraction=0.3"]) == 0
+    capsys.readouterr()
+    assert main(["inspect=prepared"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    record = Manifest.read(Path("prepared"))
+    for split in ("train", "validation"):
+        row = next(line.split() for line in lines if line.startswith(f"{split} ") and "," in line)
+        assert row[1:] == [
+            f"{record.documents[split]:,}",
+            f"{record.tokens(split):,}",
+            "1",
+            f"{2 * record.tokens(split):,}",
+        ]
+    bars = [line.split() for line in lines if "#" in line]
+    assert sum(int(bar[-2]) for bar in bars) == sum(record.documents.values())
+    total = sum(map(record.tokens, ("train", "validation")))
+    assert f"{total / record.text_bytes:.3f} tokens per byte of text" in out
+    assert "'b'" in out and "train, from token 1\n" in out and "validation, from token 1\n" in out
+    assert max(map(cell_len, lines)) < 80
+    assert all(c.isprintable() or c == "\n" for c in out)
+
+
+def test_samples_escape_what_moves_the_cursor(script: ModuleType, make_tokens: Callable) -> None:
+    tokens = make_tokens(np.array([256, *b"\x1b[2J\x07\xff\tx\n1\n2\n3\n4"]))
+    tokenizer = sources.Text(path="x").load_tokenizer()
+    lines = list(script._samples("train", tokens, tokenizer, 256, [0]))
+    assert [line.rstrip() for line in lines[2:]] == ["  | \\x1b[2J\\x07\ufffd\\tx", "  | 1", "  | 2", "  | 3"]
+
+
+def test_inspect_takes_files_of_others(main: Main, texts: Path, token_files: Path, capsys: Capture) -> None:
+    assert main([f"inspect={token_files}", "data.tokenizer=bytes"]) == 0
+    out = capsys.readouterr().out
+    assert "2,000" in out and "tokenizer bytes, as is supposed" in out
+    assert main([f"inspect={token_files}/val.bin", "data.tokenizer=bytes"]) == 0
+    assert "1,000" in capsys.readouterr().out
+
+
+def test_inspect_does_without_a_tokenizer_that_it_does_not_know(
+    main: Main, texts: Path, capsys: Capture
+) -> None:
+    Path("made.json").write_text(train_bpe(["bold " * 50], 262))
+    assert main([*ARGUMENTS]) == 0
+    record = json.loads(Path("prepared/manifest.json").read_bytes())
+    tokenizer = load_tokenizer("made.json")
+    record |= {"tokenizer": tokenizer.name, "end_of_text": tokenizer.end_of_text}
+    Path("prepared/manifest.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["inspect=prepared"]) == 0
+    printed = capsys.readouterr()
+    assert "by their ids" in printed.err and "data.tokenizer=FILE" in printed.err
+    assert main(["inspect=prepared", "data.tokenizer=made.json"]) == 0
+    assert "by their ids" not in capsys.readouterr().err
+    assert main(["inspect=prepared", "data.tokenizer=bytes"]) == 65
+    assert tokenizer.name in capsys.readouterr().err
