@@ -13,15 +13,14 @@ import matplotlib.image
 import pytest
 import scipy.stats
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from oracle import CONFIG, batch, exact_diagonal, flat
 
 from sophia_train.compare import estimators
 from sophia_train.compare.estimators import Layers, Truth, compare, estimates
 from sophia_train.data.batches import Batch
 from sophia_train.hessian import GNB, EmpiricalFisher, GradientMagnitude, Hutchinson
-from sophia_train.models.gpt2 import GPT2, GPT2Config
+from sophia_train.models.gpt2 import GPT2
 
-CONFIG = GPT2Config(n_layer=1, n_head=2, n_embd=4, block_size=4, vocab_size=6)
 SCRIPT = Path(__file__).parents[1] / "scripts" / "diagnose_hessian.py"
 LAYERS = ["overall", "wte", "wpe", "h.0", "ln_f"]
 
@@ -36,36 +35,6 @@ def model():
     return made
 
 
-def batch(n=4):
-    generator = torch.Generator().manual_seed(8)
-    rows = torch.randint(0, CONFIG.vocab_size, (n, CONFIG.block_size + 1), generator=generator)
-    return Batch(rows[:, :-1], rows[:, 1:], list(range(n)))
-
-
-class FlatLogits(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs):
-        return self.model(inputs).flatten(0, 1)
-
-
-def oracle(operator, model, data):
-    """The diagonal of a matrix of curvlinops, of the mean loss over targets that count."""
-    loss, weights = torch.nn.CrossEntropyLoss(ignore_index=-1), list(model.parameters())
-    matrix = operator(
-        FlatLogits(model),
-        loss,
-        weights,
-        [(data.inputs, data.targets.flatten())],
-        batch_size_fn=torch.numel,
-        check_deterministic=False,
-    )
-    with sdpa_kernel(SDPBackend.MATH):
-        return (matrix @ torch.eye(matrix.shape[1], dtype=torch.float64)).diagonal()
-
-
 @pytest.fixture(scope="module")
 def truths(model):
     return [estimators.find_truth(name, model, batch(), 2, 0) for name in ("Gauss-Newton", "Hessian")]
@@ -75,7 +44,7 @@ def test_small_models_have_the_exact_diagonals(model, truths):
     operators = (curvlinops.GGNLinearOperator, curvlinops.HessianLinearOperator)
     for truth, operator in zip(truths, operators, strict=True):
         assert truth.kind == "exact" and truth.noise == 0
-        expected = oracle(operator, model, batch())
+        expected = flat(exact_diagonal(model, batch(), operator).values())
         torch.testing.assert_close(
             truth.diagonal, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item()
         )

@@ -63,7 +63,7 @@ LIBRARIES = {
     "tokenizers": {"data/tokenizers"},
     "transformers": {"hessian/transformers_callback", "benchmarks/train"},
     "wandb": {"trackers/wandb"},
-    "zstandard": {"data/text_files", "data/hub"},
+    "zstandard": {"data/text_files"},
 }
 # These are in those places only, in layer 4 too: they are optional, slow to import, or both.
 CONFINED = {"tiktoken", "tokenizers", "transformers", "wandb", "tensorboard", "zstandard"}

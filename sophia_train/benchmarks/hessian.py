@@ -7,20 +7,15 @@ import torch
 from rich.table import Table
 
 from sophia_train.benchmarks.turns import (
-    SEED,
     Contestant,
-    check_refreshes,
-    overrides,
+    conditions,
     provenance,
-    random_words,
+    run_of,
+    settings_of,
     take_turns,
+    trainers_of,
 )
-from sophia_train.config import compose, run_config
-from sophia_train.data.tokenizers import load_tokenizer
 from sophia_train.distributed import start
-from sophia_train.models import convert
-from sophia_train.trackers.base import Silent
-from sophia_train.train import build_trainer
 from sophia_train.trainer import Trainer
 
 YARDSTICK = "optimizer=adamw"
@@ -36,47 +31,15 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: an option does not fit the model or the others, or the memory is too small.
     """
-    common = overrides(
-        options.model,
-        options.batch_size,
-        options.micro_batch_size,
-        options.steps * options.repeats,
-        options.precision,
-        options.compile,
-    )
-    configs = {run: run_config(compose([*common, *run.split()])) for run in [YARDSTICK, *options.runs]}
-    for config in configs.values():
-        check_refreshes(config, options.steps)
+    configs = {run: run_of(options, *run.split()) for run in [YARDSTICK, *options.runs]}
     accelerator = start(options.precision, 1)
-    with random_words(configs[YARDSTICK]) as words:
-        trainers = {
-            run: build_trainer(
-                config,
-                init_from=None,
-                splits=(words, words),
-                tokenizer=load_tokenizer("bytes"),
-                trackers=Silent(),
-                accelerator=accelerator,
-            )
-            for run, config in configs.items()
-        }
+    with trainers_of(configs, accelerator) as trainers:
         contestants = [_contestant(run, trainer) for run, trainer in trainers.items()]
         yardstick = contestants[0]
         take_turns(contestants, trainers[YARDSTICK], options.steps, options.repeats)
     return {
         "benchmark": "hessian",
-        "settings": {
-            "model": options.model,
-            "size": convert.describe(configs[YARDSTICK].model),
-            "batch_size": options.batch_size,
-            "micro_batch_size": trainers[YARDSTICK].replica.micro_batch_size,
-            "tokens_per_step": options.batch_size * configs[YARDSTICK].model.block_size,
-            "steps": options.steps,
-            "repeats": options.repeats,
-            "precision": options.precision,
-            "compile": options.compile,
-            "seed": SEED,
-        },
+        "settings": settings_of(options, configs[YARDSTICK], trainers[YARDSTICK]),
         "environment": provenance(accelerator.device),
         "results": [
             {
@@ -109,16 +72,12 @@ def table(report: dict[str, Any]) -> Table:
 def notes(report: dict[str, Any]) -> str:
     """Say under what conditions the figures were measured."""
     settings, env = report["settings"], report["environment"]
-    compiled = "compiled" if settings["compile"] else "not compiled"
     return "\n".join(
         [
             f"over AdamW: time of a step, median of {settings['repeats']} repeats of "
             f"{settings['steps']} steps in turns",
             "of FLOPs: the Hessian's passes, of all",
-            f"model: {settings['model']}, {settings['precision']}, {compiled}",
-            f"batch: {settings['batch_size']} sequences, {settings['micro_batch_size']} a pass, "
-            f"{settings['tokens_per_step']:,} tokens",
-            f"device: {env['device']}, {env['threads']} threads",
+            *conditions(report),
             f"versions: Python {env['python']}, torch {env['torch']}",
         ]
     )

@@ -12,24 +12,21 @@ from rich.table import Table
 from torch import Tensor
 
 from sophia_train.benchmarks.turns import (
-    SEED,
     Contestant,
-    check_refreshes,
-    overrides,
+    conditions,
     provenance,
-    random_words,
+    run_of,
+    settings_of,
     take_turns,
+    trainers_of,
 )
-from sophia_train.config import RunConfig, build, compose, run_config
+from sophia_train.config import RunConfig, build
 from sophia_train.data.batches import Batch
-from sophia_train.data.tokenizers import load_tokenizer
 from sophia_train.distributed import start
 from sophia_train.errors import UnavailableError
 from sophia_train.gradients import micro_batches
 from sophia_train.models import convert
 from sophia_train.optim.groups import decay_groups
-from sophia_train.trackers.base import Silent
-from sophia_train.train import build_trainer
 from sophia_train.trainer import Trainer
 
 OURS, SOPHIA, THEIRS = "sophia_train, AdamW", "sophia_train, Sophia-G", "transformers, AdamW"
@@ -46,32 +43,12 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         UnavailableError: transformers is not installed.
     """
     transformers = _transformers()
-    common = overrides(
-        options.model,
-        options.batch_size,
-        options.micro_batch_size,
-        options.steps * options.repeats,
-        options.precision,
-        options.compile,
-    )
     configs = {
-        name: run_config(compose([*common, "model.bias=true", f"optimizer={optimizer}"]))
+        name: run_of(options, "model.bias=true", f"optimizer={optimizer}")
         for name, optimizer in ((OURS, "adamw"), (SOPHIA, "sophia_g"))
     }
-    check_refreshes(configs[SOPHIA], options.steps)
     accelerator = start(options.precision, 1)
-    with random_words(configs[OURS]) as words:
-        trainers = {  # as `python -m sophia_train` builds them
-            name: build_trainer(
-                config,
-                init_from=None,
-                splits=(words, words),
-                tokenizer=load_tokenizer("bytes"),
-                trackers=Silent(),
-                accelerator=accelerator,
-            )
-            for name, config in configs.items()
-        }
+    with trainers_of(configs, accelerator) as trainers:
         contestants = [
             Contestant(OURS, lambda batch: trainers[OURS].train_step(batch).loss),
             Contestant(THEIRS, _plain_loop(transformers, configs[OURS], trainers[OURS])),
@@ -82,18 +59,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     ours, theirs, _ = contestants
     return {
         "benchmark": "train",
-        "settings": {
-            "model": options.model,
-            "size": convert.describe(configs[OURS].model),
-            "batch_size": options.batch_size,
-            "micro_batch_size": trainers[OURS].replica.micro_batch_size,
-            "tokens_per_step": tokens,
-            "steps": options.steps,
-            "repeats": options.repeats,
-            "precision": options.precision,
-            "compile": options.compile,
-            "seed": SEED,
-        },
+        "settings": settings_of(options, configs[OURS], trainers[OURS]),
         "environment": provenance(accelerator.device, transformers=transformers.__version__),
         "results": [
             {
@@ -133,16 +99,12 @@ def notes(report: dict[str, Any]) -> str:
     """Say under what conditions the figures were measured."""
     settings, env = report["settings"], report["environment"]
     steps = len(report["results"][0]["losses"])
-    compiled = "compiled" if settings["compile"] else "not compiled"
     return "\n".join(
         [
             f"ratio: tokens/s over transformers', median of {settings['repeats']} repeats in turns",
             f"loss: after {steps} steps; ours and theirs with AdamW differ by at most "
             f"{report['largest_loss_difference']:.1e}",
-            f"model: {settings['model']}, {settings['precision']}, {compiled}",
-            f"batch: {settings['batch_size']} sequences, {settings['micro_batch_size']} a pass, "
-            f"{settings['tokens_per_step']:,} tokens",
-            f"device: {env['device']}, {env['threads']} threads",
+            *conditions(report),
             f"versions: Python {env['python']}, torch {env['torch']}, transformers {env['transformers']}",
         ]
     )

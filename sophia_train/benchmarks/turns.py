@@ -1,9 +1,10 @@
 """What every benchmark needs: contestants that take turns on the same batches, and where that was."""
 
+import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,13 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from sophia_train.config import RunConfig
+from sophia_train.config import RunConfig, compose, run_config
 from sophia_train.data.batches import Batch
 from sophia_train.data.token_files import Tokens, TokenShard
+from sophia_train.data.tokenizers import load_tokenizer
 from sophia_train.errors import ConfigError
+from sophia_train.models import convert
 from sophia_train.run_folder import environment
+from sophia_train.trackers.base import Silent
+from sophia_train.train import build_trainer
 from sophia_train.trainer import Trainer
 
 SEED = 1337
@@ -90,7 +96,7 @@ def _measured(contestant: Contestant, device: torch.device, counts: bool) -> Ite
 
 
 @contextmanager
-def random_words(config: RunConfig) -> Iterator[Tokens]:
+def _random_words(config: RunConfig) -> Iterator[Tokens]:
     """Write as many words as the run reads to a token file; all are in the model's vocabulary."""
     assert config.max_steps is not None
     count = config.max_steps * config.batch_size * config.model.block_size + 1
@@ -101,7 +107,7 @@ def random_words(config: RunConfig) -> Iterator[Tokens]:
         yield Tokens([TokenShard(path, "<u2", 0, count)])
 
 
-def check_refreshes(config: RunConfig, steps: int) -> None:
+def _check_refreshes(config: RunConfig, steps: int) -> None:
     """Check that each repeat of so many steps has as many refreshes of the Hessian.
 
     Raises:
@@ -126,18 +132,73 @@ def provenance(device: torch.device, **versions: str) -> dict[str, Any]:
     }
 
 
-def overrides(
-    model: str, batch_size: int, micro_batch_size: int | None, steps: int, precision: str, compiled: bool
-) -> list[str]:
-    """Settings of a run that is only measured: no schedule, a length in steps, the rest as by default."""
+def run_of(options: argparse.Namespace, *overrides: str) -> RunConfig:
+    """Settings of a run that is only measured: no schedule, a length in steps, the rest as by default.
+
+    Raises:
+        ConfigError: an option does not fit the model or the others, or repeats have no equal refreshes.
+    """
+    size = "null" if options.micro_batch_size is None else options.micro_batch_size
+    config = run_config(
+        compose(
+            [
+                f"model={options.model}",
+                "schedule=constant",
+                "schedule.warmup_steps=0",
+                f"batch_size={options.batch_size}",
+                f"micro_batch_size={size}",
+                f"max_steps={WARMUP_STEPS + options.steps * options.repeats}",
+                f"precision={options.precision}",
+                f"compile={str(options.compile).lower()}",
+                f"seed={SEED}",
+                *overrides,
+            ]
+        )
+    )
+    _check_refreshes(config, options.steps)
+    return config
+
+
+@contextmanager
+def trainers_of(configs: Mapping[str, RunConfig], accelerator: Accelerator) -> Iterator[dict[str, Trainer]]:
+    """Build a trainer for each, as `python -m sophia_train` does, on the same random words."""
+    with _random_words(next(iter(configs.values()))) as words:
+        yield {
+            name: build_trainer(
+                config,
+                init_from=None,
+                splits=(words, words),
+                tokenizer=load_tokenizer("bytes"),
+                trackers=Silent(),
+                accelerator=accelerator,
+            )
+            for name, config in configs.items()
+        }
+
+
+def settings_of(options: argparse.Namespace, config: RunConfig, trainer: Trainer) -> dict[str, Any]:
+    """What was run, for a report."""
+    return {
+        "model": options.model,
+        "size": convert.describe(config.model),
+        "batch_size": options.batch_size,
+        "micro_batch_size": trainer.replica.micro_batch_size,
+        "tokens_per_step": options.batch_size * config.model.block_size,
+        "steps": options.steps,
+        "repeats": options.repeats,
+        "precision": options.precision,
+        "compile": options.compile,
+        "seed": SEED,
+    }
+
+
+def conditions(report: Mapping[str, Any]) -> list[str]:
+    """Say in some lines what was run and on what."""
+    settings, env = report["settings"], report["environment"]
+    compiled = "compiled" if settings["compile"] else "not compiled"
     return [
-        f"model={model}",
-        "schedule=constant",
-        "schedule.warmup_steps=0",
-        f"batch_size={batch_size}",
-        f"micro_batch_size={'null' if micro_batch_size is None else micro_batch_size}",
-        f"max_steps={WARMUP_STEPS + steps}",
-        f"precision={precision}",
-        f"compile={str(compiled).lower()}",
-        f"seed={SEED}",
+        f"model: {settings['model']}, {settings['precision']}, {compiled}",
+        f"batch: {settings['batch_size']} sequences, {settings['micro_batch_size']} a pass, "
+        f"{settings['tokens_per_step']:,} tokens",
+        f"device: {env['device']}, {env['threads']} threads",
     ]

@@ -4,14 +4,11 @@ Parquet is read by ranges of bytes, the text column only; JSON lines as a stream
 """
 
 import functools
-import gzip
 import hashlib
 import itertools
 import json
-import lzma
 import re
 import shlex
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,9 +16,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
-import zstandard
-
-from sophia_train.data import hub_client, parquet
+from sophia_train.data import hub_client, parquet, text_files
 from sophia_train.data.base import Progress
 from sophia_train.data.hub_client import (
     Entry,
@@ -41,7 +36,6 @@ from sophia_train.errors import ConfigError, DataError, MissingInputError, Unava
 CONVERTED = "refs/convert/parquet"
 JSON_LINES = (".jsonl", ".json")
 COMPRESSIONS = (".gz", ".xz", ".zst")
-CHUNK_BYTES = 1 << 20
 MOST_UNITS = 8192  # files are not cut if that made more
 DECODE_TRIES = 3
 
@@ -146,7 +140,7 @@ class HubUnit(Unit):
         yield from parquet.texts(self.file.open(column.chunks), str(self.file), metadata, column)
 
     def _json_rows(self) -> Iterator[tuple[int, str]]:
-        for number, line in enumerate(_lines(self.file), start=1):
+        for number, line in enumerate(text_files.lines(_unpacked(self.file)), start=1):
             if not line.strip():
                 continue
             try:
@@ -383,39 +377,9 @@ def _slices(file: HubFile, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, file.size)
 
 
-def _lines(file: HubFile) -> Iterator[bytes]:
-    rest: list[bytes] = []
-    for chunk in _unpacked(file):
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        for line in others:
-            yield b"".join(rest)
-            rest = [line]
-    yield b"".join(rest)
-
-
 def _unpacked(file: HubFile) -> Iterator[bytes]:
-    packed = file.open([(0, file.size)])
-    suffix = PurePosixPath(file.path.lower()).suffix
     try:
-        if suffix == ".zst":
-            yield from _unpacked_zstd(packed)
-            return
-        openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-        plain = openers[suffix](packed) if suffix in openers else packed
-        while chunk := plain.read(CHUNK_BYTES):
-            yield chunk
-    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError, EOFError) as error:
+        suffix = PurePosixPath(file.path.lower()).suffix
+        yield from text_files.unpacked(file.open([(0, file.size)]), suffix)
+    except text_files.UNPACKING_ERRORS as error:
         raise parquet.Damaged(f"{file} cannot be unpacked ({error}); choose other data.files") from None
-
-
-def _unpacked_zstd(file: RangeFile) -> Iterator[bytes]:
-    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    packed = file.read(CHUNK_BYTES)
-    while packed:
-        frame = context.decompressobj()
-        while not frame.eof:
-            if not packed:
-                raise EOFError("file ended before the end of its last frame")
-            yield frame.decompress(packed)
-            packed = frame.unused_data or file.read(CHUNK_BYTES)

@@ -1,6 +1,7 @@
 """Text files as streams of documents: plain or JSON lines, also compressed, in bounded memory."""
 
 import codecs
+import contextlib
 import glob
 import gzip
 import json
@@ -18,6 +19,7 @@ from sophia_train.errors import DataError, MissingInputError
 
 KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
+UNPACKING_ERRORS = (gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError, EOFError)
 CHUNK_BYTES = 1 << 20
 LONGEST_PIECE = 8 * CHUNK_BYTES
 MOST_UNITS = 8192  # about: each becomes a file
@@ -188,7 +190,7 @@ def documents(files: dict[str, Path]) -> Iterator[Document]:
             yield from parquet.documents(name, path)
             continue
         if kind_of(path) == ".jsonl":
-            for number, line in enumerate(_lines(chunks(path)), start=1):
+            for number, line in enumerate(lines(chunks(path)), start=1):
                 if line.strip():
                     yield Document(f"{name}:{number}", _text_of(line, f"{path}:{number}"))
         else:
@@ -208,7 +210,8 @@ def _text_of(line: bytes, row: str) -> Iterable[str]:
     return _pieces(text[start : start + CHUNK_BYTES] for start in range(0, len(text), CHUNK_BYTES))
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cut bytes at line ends, which are left out."""
     rest: list[bytes] = []  # joined only when the line is complete, or a long row would cost its square
     for block in blocks:
         first, *others = block.split(b"\n")
@@ -267,32 +270,41 @@ def chunks(path: Path) -> Iterator[bytes]:
         MissingInputError: it cannot be read.
     """
     try:
-        if path.suffix.lower() == ".zst":
-            yield from _zstd_chunks(path)
-            return
-        openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-        with openers.get(path.suffix.lower(), open)(path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
-    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError, EOFError) as error:
+        with path.open("rb") as file:
+            yield from unpacked(file, path.suffix.lower())
+    except UNPACKING_ERRORS as error:
         raise DataError(f"{path} cannot be unpacked ({error}); it is damaged: copy it again") from None
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def unpacked(file: Any, suffix: str) -> Iterator[bytes]:
+    """Read the bytes of an open binary file, unpacked if its suffix is one of `COMPRESSIONS`.
+
+    Raises:
+        UNPACKING_ERRORS: one of them: the file is damaged.
+    """
+    if suffix == ".zst":
+        yield from _unpacked_zstd(file)
+        return
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    with openers.get(suffix, contextlib.nullcontext)(file) as plain:
+        while chunk := plain.read(CHUNK_BYTES):
+            yield chunk
 
 
 def _unreadable(path: Path, error: OSError) -> MissingInputError:
     return MissingInputError(f"{path} cannot be read ({error.strerror or error})")
 
 
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
+def _unpacked_zstd(file: Any) -> Iterator[bytes]:
     # zstandard's own file reader ends quietly in the middle of a truncated frame
     context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    with path.open("rb") as file:
-        packed = file.read(CHUNK_BYTES)
-        while packed:
-            frame = context.decompressobj()
-            while not frame.eof:
-                if not packed:
-                    raise EOFError("file ended before the end of its last frame")
-                yield frame.decompress(packed)
-                packed = frame.unused_data or file.read(CHUNK_BYTES)
+    packed = file.read(CHUNK_BYTES)
+    while packed:
+        frame = context.decompressobj()
+        while not frame.eof:
+            if not packed:
+                raise EOFError("file ended before the end of its last frame")
+            yield frame.decompress(packed)
+            packed = frame.unused_data or file.read(CHUNK_BYTES)

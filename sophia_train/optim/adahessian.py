@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from sophia_train.optim.hessian_average import largest_magnitude, move_average, owned
+
 
 class AdaHessian(Optimizer):
     """Momentum divided by the root mean square of estimates of the Hessian's diagonal.
@@ -94,16 +96,13 @@ class AdaHessian(Optimizer):
 
         Nothing is read back from the device. Arguments, result and errors are those of `Sophia`.
         """
-        used = [(p, group) for group in self.param_groups for p in group["params"] if p in estimates]
-        if not used:
-            raise ValueError("none of the estimates is for a parameter of this optimizer")
-        largest = torch._foreach_norm(list(estimates.values()), float("inf"))
-        finite = torch.stack([each.to(largest[0].device) for each in largest]).square().isfinite().all()
+        used = owned(self, estimates)
+        finite = largest_magnitude(estimates).square().isfinite()
         for p, group in used:
             state, weight = self._state_of(p), 1 - group["betas"][1]
-            average, total = state["hessian_sq"], state["hessian_sq_weight"]
-            average.lerp_(torch.where(finite, estimates[p].to(average.dtype).square(), average), weight)
-            total.lerp_(torch.where(finite, 1.0, total), weight)
+            average = state["hessian_sq"]
+            move_average(average, estimates[p].to(average.dtype).square(), weight, finite)
+            move_average(state["hessian_sq_weight"], 1.0, weight, finite)
         return finite
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from sophia_train.optim.hessian_average import largest_magnitude, move_average, owned
+
 
 class Sophia(Optimizer):
     """Momentum divided by an estimate of the Hessian's diagonal, clipped coordinate by coordinate.
@@ -140,18 +142,13 @@ class Sophia(Optimizer):
         Raises:
             ValueError: no estimate is for a parameter of this optimizer.
         """
-        used = [(p, group) for group in self.param_groups for p in group["params"] if p in estimates]
-        if not used:
-            raise ValueError("none of the estimates is for a parameter of this optimizer")
-        norms = torch._foreach_norm(list(estimates.values()), float("inf"))
-        finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
+        used = owned(self, estimates)
+        finite = largest_magnitude(estimates).isfinite()
         for p, group in used:
             state, weight = self._state_of(p, group), 1 - group["betas"][1]
-            hessian = state["hessian"]
-            hessian.lerp_(torch.where(finite, estimates[p].to(hessian.dtype), hessian), weight)
+            move_average(state["hessian"], estimates[p].to(state["hessian"].dtype), weight, finite)
             if "hessian_weight" in state:
-                total = state["hessian_weight"]
-                total.lerp_(torch.where(finite, 1.0, total), weight)
+                move_average(state["hessian_weight"], 1.0, weight, finite)
         return finite
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from hub_server import Hub, serving
 
 from sophia_train.config import build, compose
 from sophia_train.data import hub as hub_module
-from sophia_train.data import hub_client, parquet
+from sophia_train.data import hub_client, parquet, text_files
 from sophia_train.data.base import Split
 from sophia_train.data.hub import HuggingFace
 from sophia_train.data.hub_client import Patience, RangeFile
@@ -312,7 +312,7 @@ def test_held_out_rows_are_those_of_the_permutation(hub: Hub, monkeypatch: pytes
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 def test_json_lines(hub: Hub, monkeypatch: pytest.MonkeyPatch, packing: str, fault: str | None) -> None:
     monkeypatch.setattr(hub_client, "WINDOW_BYTES", 1000)
-    monkeypatch.setattr(hub_module, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 700)
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[packing]
     lines = [json.dumps({"body": text}) for text in texts_of_file(0)]
     hub.commit(REPO, "main", {f"data/a.jsonl{packing}": pack("\n".join(lines).encode())})

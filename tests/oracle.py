@@ -22,7 +22,7 @@ def tiny(**changes):
     return model
 
 
-def batch(n, masked=False):
+def batch(n=4, masked=False):
     """Random sequences; `masked` takes some targets out, among them all of the second sequence."""
     generator = torch.Generator().manual_seed(8)
     rows = torch.randint(0, CONFIG.vocab_size, (n, CONFIG.block_size + 1), generator=generator)
