@@ -2,11 +2,13 @@
 
     python scripts/benchmark.py train [--model NAME] [--batch-size N] [--steps N] [--repeats N] ...
     python scripts/benchmark.py hessian [--runs "optimizer=sophia_g hessian.groups=8" ...] ...
+    python scripts/benchmark.py loader [--data "data=token_files data.path=FOLDER"] [--model NAME] ...
     python scripts/benchmark.py data PATH [--workers N] [--repeats N]
 
 `train`: our training step with AdamW and with Sophia-G, next to transformers' GPT-2 in a plain PyTorch loop.
 `hessian`: what each optimizer adds to AdamW's step and memory, the Hessian's passes included.
-`data`: preparing text, next to nanoGPT's recipe and to the bare tokenizer.
+`loader`: what reading tokens costs of a step, next to a batch that is there already.
+`data`: preparing text, next to nanoGPT's recipe and to the tokenizer alone.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sophia_train import durable
-from sophia_train.benchmarks import data, hessian, train
+from sophia_train.benchmarks import data, hessian, loader, train
 from sophia_train.command_line import Parser, whole_number
 from sophia_train.errors import exit_code_of
 
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module, name in ((train, "train"), (hessian, "hessian")):
+    for module, name in ((train, "train"), (hessian, "hessian"), (loader, "loader")):
         command = commands.add_parser(name, help=str(module.__doc__))
         command.set_defaults(benchmark=module)
         _add_options(command)
@@ -41,6 +43,10 @@ def _run(arguments: Sequence[str]) -> None:
                 default=hessian.RUNS,
                 metavar="OVERRIDES",
                 help="next to AdamW (%(default)s)",
+            )
+        if module is loader:
+            command.add_argument(
+                "--data", default="", metavar="OVERRIDES", help="whose tokens to read (random words)"
             )
     command = commands.add_parser("data", help=str(data.__doc__))
     command.set_defaults(benchmark=data)

@@ -26,7 +26,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             before("write", temporary)
             file.write(content)
             sync_file(file)
-        _rename(temporary, path)
+        rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -68,7 +68,7 @@ def commit_folder(path: Path, reserve: int = 0) -> Iterator[Path]:
                 with file_path.open("rb") as file:
                     sync_file(file)
         _sync_folder(temporary)
-        _rename(temporary, path)
+        rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -78,7 +78,7 @@ def remove_folder(path: Path) -> None:
     """Remove a committed folder; a kill on the way leaves a temporary name, never half a folder."""
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    _rename(path, temporary)
+    rename(path, temporary)
     before("rmtree", temporary)
     shutil.rmtree(temporary)
 
@@ -113,8 +113,10 @@ def sync_file(file: BinaryIO) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file that is on the disk already, and bring the new name there, too."""
-    _rename(source, target)
+    """Rename a file or folder that is on the disk already, and bring the new name there, too."""
+    before("rename", target)
+    os.replace(source, target)
+    _sync_folder(target.parent)
 
 
 def _check_space(folder: Path, size: int) -> None:
@@ -131,12 +133,6 @@ def _open(path: Path, mode: str) -> Any:
     before("open", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open(mode)
-
-
-def _rename(source: Path, target: Path) -> None:
-    before("rename", target)
-    os.replace(source, target)
-    _sync_folder(target.parent)
 
 
 def _sync_folder(path: Path) -> None:

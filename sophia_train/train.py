@@ -173,6 +173,7 @@ def build_trainer(
             "config": to_json(config),
             "environment": environment(device, world_size),
             "data": fingerprints,
+            "tokenizer": tokenizer.name,  # the path in the config may be gone when the model is used
         },
         sample=functools.partial(_sample, model, tokenizer, config, device),
         device=device,

@@ -17,6 +17,7 @@ from support import records, start_trackers
 from sophia_train import checkpoint, distributed
 from sophia_train.config import CONFIGS, compose, run_config
 from sophia_train.data.token_files import Tokens, TokenShard
+from sophia_train.data.tokenizers import load_tokenizer
 from sophia_train.errors import Interrupted
 from sophia_train.evaluation import evaluate
 from sophia_train.models.gpt2 import GPT2
@@ -106,7 +107,8 @@ def start(tokens):
         config = configured(choice, *overrides)
         accelerator = distributed.start("fp32", None)
         trackers = Trackers(JsonlTracker())
-        trainer = build_trainer(config, None, (tokens, tokens), None, trackers, accelerator)
+        tokenizer = load_tokenizer("bytes")
+        trainer = build_trainer(config, None, (tokens, tokens), tokenizer, trackers, accelerator)
         if checkpoint.exists(folder):
             trainer.restore(checkpoint.find(folder))
         folder.mkdir(exist_ok=True)

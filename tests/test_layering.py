@@ -50,23 +50,34 @@ FOUNDATIONS = {"durable", "errors", "seeds"}
 LIBRARIES = {
     "accelerate": {"distributed", "trainer"},
     "datasets": {"benchmarks/data"},
+    "datatrove": {"data/datatrove_steps"},
     "filelock": {"run_folder", "data/prepare"},
     "huggingface_hub": {"data/hub_client"},
     "matplotlib": {"compare/curves"},
     "psutil": {"distributed"},
     "pyarrow": {"data/parquet"},
     "requests": {"data/hub_client"},
-    "rich": {"trackers/console", "distributed"},
+    "rich": {"trackers/console", "data/progress", "data/report", "distributed"},
     "safetensors": {"checkpoint", "models/convert"},
     "tensorboard": {"trackers/tensorboard"},
     "tiktoken": {"benchmarks/data", "data/tokenizers"},
     "tokenizers": {"data/tokenizers"},
     "transformers": {"hessian/transformers_callback", "benchmarks/train"},
+    "triton": {"models/triton_cross_entropy", "optim/triton_sophia"},
     "wandb": {"trackers/wandb"},
     "zstandard": {"data/text_files"},
 }
 # These are in those places only, in layer 4 too: they are optional, slow to import, or both.
-CONFINED = {"tiktoken", "tokenizers", "transformers", "wandb", "tensorboard", "zstandard"}
+CONFINED = {
+    "datatrove",
+    "tiktoken",
+    "tokenizers",
+    "transformers",
+    "triton",
+    "wandb",
+    "tensorboard",
+    "zstandard",
+}
 
 
 def sources() -> list[Path]:
@@ -129,7 +140,7 @@ def test_libraries_are_where_they_belong(path):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "optim").glob("*.py")), ids=module_of)
 def test_optimizers_need_torch_only(path):
-    assert libraries_of(path) <= {"torch"}
+    assert libraries_of(path) <= {"torch", "triton"}  # which comes with torch for CUDA
     assert imported_parts(path) <= {"optim"}
 
 

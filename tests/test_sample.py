@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sophia_train import checkpoint
-from sophia_train.data.tokenizers import load_tokenizer
+from sophia_train.data.tokenizers import load_tokenizer, train_bpe
 from sophia_train.models import convert
 from sophia_train.models.gpt2 import GPT2, GPT2Config
 
@@ -170,6 +170,72 @@ def test_a_hugging_face_folder_of_another_vocabulary_is_refused(run, sample, tmp
     convert.export_folder(run[1], tmp_path / "exported")
     assert sample([str(tmp_path / "exported"), "--prompt", "a"]) == 64
     assert_one_line(capsys, "300 words")
+
+
+@pytest.fixture
+def run_with_file(tmp_path):
+    """A run over a tokenizer.json that has moved, its new place, and another tokenizer's."""
+    folder, moved, other = tmp_path / "by_file", tmp_path / "moved.json", tmp_path / "other.json"
+    moved.write_text(train_bpe(["the quick brown fox " * 9], 270))
+    other.write_text(train_bpe(["lazy dogs jump " * 9], 270))
+    model = GPT2(CONFIG)
+    randomize(model, 1)
+    was = str(tmp_path / "gone" / "tokenizer.json")
+    extra = {
+        "config": {"model": dataclasses.asdict(CONFIG), "data": {"tokenizer": was}},
+        "tokenizer": load_tokenizer(str(moved)).name,
+    }
+    checkpoint.save(folder / "checkpoints", 3, model, torch.optim.AdamW(model.parameters()), extra)
+    return folder, model, was, moved, other
+
+
+def test_a_tokenizer_that_has_moved_is_asked_for_and_taken(run_with_file, sample, capsys):
+    folder, model, was, moved, _ = run_with_file
+    asked = [str(folder), "--prompt", "the fox", "--tokens", "9", "--seed", "1"]
+    assert sample(asked) == 66
+    assert_one_line(capsys, f"trained with data.tokenizer={was}, which is not there any more; say where")
+    assert sample([*asked, "--tokenizer", str(moved)]) == 0
+    tokenizer = load_tokenizer(str(moved))
+    ids = torch.tensor([tokenizer.encode("the fox")])
+    expected = model.generate(ids, 9, seed=1, words=tokenizer.vocab_size)
+    assert capsys.readouterr().out == tokenizer.decode(expected[0].tolist()) + "\n"
+
+
+def test_another_tokenizer_than_the_run_s_is_refused(run_with_file, sample, capsys):
+    folder, _, was, moved, other = run_with_file
+    name = load_tokenizer(str(moved)).name
+    for file in (other, "bytes"):
+        assert sample([str(folder), "--prompt", "a", "--tokenizer", str(file)]) == 65
+        assert_one_line(capsys, f"was trained with the tokenizer {name}, and {file} is ")
+    Path(was).parent.mkdir()
+    Path(was).write_bytes(other.read_bytes())  # at the old place, too
+    assert sample([str(folder), "--prompt", "a"]) == 65
+    assert_one_line(capsys, f"and {was} is tokenizer.json-sha256-")
+    for file in (folder / "config.json", other.with_name("nowhere.json"), "nowhere"):
+        assert sample([str(folder), "--prompt", "a", "--tokenizer", str(file)]) == 66
+        assert_one_line(capsys, f"--tokenizer {file} is no tokenizer.json; give the run's own")
+
+
+def test_runs_record_their_tokenizer_by_its_content(tiny, tmp_path, sample, capsys):
+    file = tmp_path / "mine.json"
+    file.write_text(train_bpe(["the quick brown fox " * 9], 257))
+    assert (
+        tiny(tmp_path / "run", "max_steps=1", "schedule.warmup_steps=0", f"data.tokenizer={file}").code == 0
+    )
+    file.rename(tmp_path / "moved.json")
+    asked = [str(tmp_path / "run"), "--prompt", "a", "--tokens", "2"]
+    assert sample(asked) == 66
+    assert_one_line(capsys, "--tokenizer FILE")
+    assert sample([*asked, "--tokenizer", "bytes"]) == 65
+    assert_one_line(capsys, "tokenizer.json-sha256-")
+    assert sample([*asked, "--tokenizer", str(tmp_path / "moved.json")]) == 0
+
+
+def test_a_hugging_face_folder_takes_a_tokenizer_that_fits(run, run_with_file, sample, tmp_path, capsys):
+    convert.export_folder(run[1], tmp_path / "exported")
+    asked = [str(tmp_path / "exported"), "--prompt", "the", "--tokens", "4", "--seed", "1"]
+    assert sample([*asked, "--tokenizer", str(run_with_file[3])]) == 0
+    assert capsys.readouterr().out.startswith("the")
 
 
 def assert_one_line(capsys, message):

@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sophia_train.config import RunConfig, compose, run_config
+from sophia_train.data.base import Data
 from sophia_train.data.batches import Batch
 from sophia_train.data.token_files import Tokens, TokenShard
 from sophia_train.data.tokenizers import load_tokenizer
@@ -47,9 +48,13 @@ class Contestant:
         return 1000 * statistics.median(self.seconds) / steps
 
     def times_faster_than(self, other: "Contestant") -> float:
-        """Median ratio of speeds over neighbours in time, so that what else runs falls on both."""
-        pairs = zip(self.seconds, other.seconds, strict=True)
-        return statistics.median(theirs / own for own, theirs in pairs)
+        """Median ratio of speeds, as of `times_faster`."""
+        return times_faster(self.seconds, other.seconds)
+
+
+def times_faster(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Median ratio of speeds over neighbours in time, so that what else runs falls on both."""
+    return statistics.median(theirs / own for own, theirs in zip(seconds, others, strict=True))
 
 
 def take_turns(contestants: Sequence[Contestant], trainer: Trainer, steps: int, repeats: int) -> None:
@@ -60,15 +65,18 @@ def take_turns(contestants: Sequence[Contestant], trainer: Trainer, steps: int, 
     """
     device, first = trainer.device, 0
     for count in [WARMUP_STEPS] + [steps] * repeats:
-        batches = [
-            Batch(batch.inputs.to(device), batch.targets.to(device), batch.sequences)
-            for batch in (trainer.loader.batches.batch(step) for step in range(first, first + count))
-        ]
+        batches = [on_device(trainer, step) for step in range(first, first + count)]
         for contestant in contestants:
             with _measured(contestant, device, counts=first > 0):
                 losses = [contestant.step(batch) for batch in batches]
             contestant.losses += [float(loss) for loss in losses]
         first += count
+
+
+def on_device(trainer: Trainer, step: int) -> Batch:
+    """Return the batch of a step where the trainer's model is."""
+    batch = trainer.loader.batches.batch(step)
+    return Batch(batch.inputs.to(trainer.device), batch.targets.to(trainer.device), batch.sequences)
 
 
 @contextmanager
@@ -160,15 +168,28 @@ def run_of(options: argparse.Namespace, *overrides: str) -> RunConfig:
 
 
 @contextmanager
-def trainers_of(configs: Mapping[str, RunConfig], accelerator: Accelerator) -> Iterator[dict[str, Trainer]]:
-    """Build a trainer for each, as `python -m sophia_train` does, on the same random words."""
-    with _random_words(next(iter(configs.values()))) as words:
+def trainers_of(
+    configs: Mapping[str, RunConfig], accelerator: Accelerator, data: Data | None = None
+) -> Iterator[dict[str, Trainer]]:
+    """Build a trainer for each, as `python -m sophia_train` does, on the same tokens.
+
+    Args:
+        configs: of the runs, by name.
+        accelerator: from `distributed.start`.
+        data: whose training tokens to read, prepared already; by default random words.
+
+    Raises:
+        RunError: the data cannot be opened.
+    """
+    any_config = next(iter(configs.values()))
+    tokenizer = load_tokenizer("bytes") if data is None else data.load_tokenizer()
+    with _random_words(any_config) if data is None else nullcontext(data.open("train")) as words:
         yield {
             name: build_trainer(
                 config,
                 init_from=None,
                 splits=(words, words),
-                tokenizer=load_tokenizer("bytes"),
+                tokenizer=tokenizer,
                 trackers=Silent(),
                 accelerator=accelerator,
             )

@@ -1,158 +1,40 @@
-"""Datasets of the Hugging Face Hub, streamed: no copies on the disk, and no row twice or never.
+"""Datasets of the Hugging Face Hub, of one commit each, streamed: no copies on the disk.
 
-Parquet is read by ranges of bytes, the text column only; JSON lines as a stream. Everything is of one commit.
+Which files they have is asked here; how a file becomes documents is in `hub_files.py`.
 """
 
-import functools
 import hashlib
 import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any
 
-from sophia_train.data import hub_client, parquet, text_files
+from sophia_train.data import hub_client, parquet
 from sophia_train.data.base import Progress
 from sophia_train.data.hub_client import (
     Entry,
     EntryMissing,
     Patience,
-    RangeFile,
     Repository,
     RevisionMissing,
     Unreachable,
 )
+from sophia_train.data.hub_files import HubFile, HubUnit, footer, kind_of, slices
 from sophia_train.data.manifest import Manifest
 from sophia_train.data.parts import PartsFolder
 from sophia_train.data.sources import UNIT_BYTES, TextData
-from sophia_train.data.units import ByKey, ByRow, Document, SplitRule, Unit
+from sophia_train.data.units import ByKey, ByRow, SplitRule, Unit
 from sophia_train.errors import ConfigError, DataError, MissingInputError, UnavailableError
 
 CONVERTED = "refs/convert/parquet"
-JSON_LINES = (".jsonl", ".json")
-COMPRESSIONS = (".gz", ".xz", ".zst")
 MOST_UNITS = 8192  # files are not cut if that made more
-DECODE_TRIES = 3
 
 patience = Patience()
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of one commit."""
-
-    repository: Repository
-    commit: str
-    path: str
-    size: int
-
-    def open(self, ranges: Sequence[tuple[int, int]] = ()) -> RangeFile:
-        """Open the file; `ranges` as of `RangeFile`."""
-        read = functools.partial(self.repository.read, self.commit, self.path, self.size)
-        return RangeFile(read, self.size, ranges)
-
-    def __str__(self) -> str:
-        return f"{self.repository.name}/{self.path}"
-
-
-@functools.lru_cache(maxsize=4)  # a file's units are mostly prepared one after the other
-def _footer(file: HubFile) -> Any:
-    for failures in itertools.count(1):
-        try:
-            return parquet.read_footer(file.open(), str(file))
-        except parquet.Damaged:
-            if failures == DECODE_TRIES:
-                raise
-            file.repository.wait(failures)
-    raise AssertionError
-
-
-@dataclass(frozen=True)
-class HubUnit(Unit):
-    """A slice of a Parquet file, or a whole file of JSON lines.
-
-    Args:
-        name: unique.
-        stored_bytes: how much it is.
-        file: where it is.
-        column: that has the text.
-        start: of the slice; the row groups whose text begins in it belong to it.
-        stop: its end.
-        first_row: of the file, in the corpus; -1 where rows are not counted.
-    """
-
-    name: str
-    stored_bytes: int
-    file: HubFile
-    column: str
-    start: int
-    stop: int
-    first_row: int = -1
-
-    def documents(self) -> Iterator[Document]:
-        """Stream the rows as documents, called `path:row`; JSON lines from 1 on, Parquet from 0 on.
-
-        Bytes that do not decode are fetched again.
-
-        Raises:
-            Unreachable: the Hub cannot be read.
-            DataError: a file is damaged, or a row is no text.
-            MissingInputError: there is no such column.
-        """
-        read = self._parquet_rows if kind_of(self.file.path) == ".parquet" else self._json_rows
-        for row, text in self._decoded(read):
-            place = self.first_row + row if self.first_row >= 0 else -1
-            yield Document(f"{self.file.path}:{row}", [text], place)
-
-    def _decoded(self, read: Callable[[], Iterator[tuple[int, str]]]) -> Iterator[tuple[int, str]]:
-        """Go through the rows, and after damage again through those that are left."""
-        done = seen = failures = 0  # rows handed on, and a digest of them
-        while True:
-            try:
-                again = 0
-                for number, row in enumerate(read()):
-                    if number < done:
-                        again = hash((again, row))
-                        continue
-                    if again != seen:  # what was handed on was damaged, too, and decoded all the same
-                        raise UnavailableError(f"{self.file} reads differently each time; start again")
-                    yield row
-                    done, failures = done + 1, 0
-                    again = seen = hash((seen, row))
-                if again != seen:
-                    raise UnavailableError(f"{self.file} reads differently each time; start again")
-                return
-            except parquet.Damaged:
-                _footer.cache_clear()  # it may be what is wrong
-                failures += 1
-                if failures == DECODE_TRIES:
-                    raise
-                self.file.repository.wait(failures)
-
-    def _parquet_rows(self) -> Iterator[tuple[int, str]]:
-        metadata = _footer(self.file)
-        column = parquet.locate(metadata, self.column, str(self.file), self.start, self.stop)
-        yield from parquet.texts(self.file.open(column.chunks), str(self.file), metadata, column)
-
-    def _json_rows(self) -> Iterator[tuple[int, str]]:
-        for number, line in enumerate(text_files.lines(_unpacked(self.file)), start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[self.column]
-            except (ValueError, TypeError, KeyError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise parquet.Damaged(
-                    f'{self.file}:{number} is not a JSON object with a string "{self.column}"; '
-                    "set data.text_column, or choose other data.files"
-                )
-            yield number, text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +99,13 @@ class HuggingFace(TextData):
         with self._reaching():
             files = self._files
             if kind_of(files[0].path) == ".parquet":  # a column that is not there is told before all else
-                parquet.locate(_footer(files[0]), self.text_column, str(files[0]))
+                parquet.locate(footer(files[0]), self.text_column, str(files[0]))
             slice_bytes = max(UNIT_BYTES, sum(file.size for file in files) // MOST_UNITS)
             rows = itertools.repeat(-1) if self.rows_seed is None else itertools.accumulate([0, *self._rows])
             return [
                 HubUnit(f"{file.path}@{start}", stop - start, file, self.text_column, start, stop, first_row)
                 for file, first_row in zip(files, rows, strict=False)
-                for start, stop in _slices(file, slice_bytes)
+                for start, stop in slices(file, slice_bytes)
             ]
 
     def split_rule(self) -> SplitRule:
@@ -232,6 +114,12 @@ class HuggingFace(TextData):
             return ByKey(self.validation_fraction)
         with self._reaching():
             return ByRow(self.validation_fraction, self.rows_seed, sum(self._rows))
+
+    def split_rule_name(self) -> str:
+        """Name the rule as manifests do, without a request."""
+        if self.rows_seed is None:
+            return super().split_rule_name()
+        return ByRow(self.validation_fraction, self.rows_seed, rows=0).describe()
 
     def prepare(
         self, progress: Progress | None = None, workers: int = 1, share: tuple[int, int] = (0, 1)
@@ -340,7 +228,7 @@ class HuggingFace(TextData):
                 raise ConfigError(
                     f"data.rows_seed counts rows of Parquet, not of {file.path}; set it to null"
                 )
-        return [_footer(file).num_rows for file in self._files]
+        return [footer(file).num_rows for file in self._files]
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -358,28 +246,3 @@ class HuggingFace(TextData):
         values = {key: getattr(data, key) for key in (*keys, "validation_fraction", "folder")}
         words = [f"data.{key}={value}" for key, value in values.items() if value is not None]
         return shlex.join(["python", "scripts/prepare_data.py", "data=hf", *words])
-
-
-def kind_of(path: str) -> str | None:
-    """Return `.parquet` or `.jsonl` by the name of a file, whether packed or not, or None."""
-    suffixes = PurePosixPath(path.lower()).suffixes
-    if suffixes[-1:] == [".parquet"]:
-        return ".parquet"
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return ".jsonl" if suffixes and suffixes[-1] in JSON_LINES else None
-
-
-def _slices(file: HubFile, size: int) -> Iterator[tuple[int, int]]:
-    if kind_of(file.path) != ".parquet":
-        size = max(1, file.size)
-    for start in range(0, file.size, size):
-        yield start, min(start + size, file.size)
-
-
-def _unpacked(file: HubFile) -> Iterator[bytes]:
-    try:
-        suffix = PurePosixPath(file.path.lower()).suffix
-        yield from text_files.unpacked(file.open([(0, file.size)]), suffix)
-    except text_files.UNPACKING_ERRORS as error:
-        raise parquet.Damaged(f"{file} cannot be unpacked ({error}); choose other data.files") from None

@@ -5,7 +5,6 @@ reset, a body that is short, long or of other bytes than asked for. What a perso
 """
 
 import functools
-import io
 import itertools
 import os
 import re
@@ -20,9 +19,6 @@ import requests
 from huggingface_hub import constants, get_token
 
 from sophia_train.errors import MissingInputError, RunError, UnavailableError
-
-WINDOW_BYTES = 32 << 20
-HOLE_BYTES = 1 << 20  # as much is fetched in vain rather than asked for apart
 
 Result = TypeVar("Result")
 
@@ -227,57 +223,6 @@ class Repository:
                 "or if it is private set HF_TOKEN to a token that may read it"
             )
         return UnavailableError(f"{self.endpoint} refuses to serve {self.name} (HTTP {status}); see {page}")
-
-
-class RangeFile(io.RawIOBase):
-    """A file on the Hub that is read in windows of bounded size.
-
-    Args:
-        read: reads the bytes from one position up to another, all of them.
-        size: of the file.
-        ranges: bytes that will be needed, in order; windows cover these and small holes between them. What
-            is outside is read as it is asked for.
-    """
-
-    def __init__(
-        self, read: Callable[[int, int], bytearray], size: int, ranges: Sequence[tuple[int, int]]
-    ) -> None:
-        self._read, self._size = read, size
-        self._ranges: list[tuple[int, int]] = []
-        for start, stop in ranges:
-            if self._ranges and 0 <= start - self._ranges[-1][1] <= HOLE_BYTES:
-                start = self._ranges.pop()[0]
-            self._ranges.append((start, min(stop, size)))
-        self._window, self._window_start, self._position = bytearray(), 0, 0
-
-    def readable(self) -> bool:  # noqa: D102
-        return True
-
-    def seekable(self) -> bool:  # noqa: D102
-        return True
-
-    def tell(self) -> int:  # noqa: D102
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # noqa: D102
-        self._position = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        )
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Read as many bytes as there are, up to `size`; raises as `Repository.read`."""
-        start = self._position
-        stop = self._size if size is None or size < 0 else min(start + size, self._size)
-        if stop <= start:
-            return b""
-        if start < self._window_start or stop > self._window_start + len(self._window):
-            planned = [last for first, last in self._ranges if first <= start < last]
-            last = min(start + WINDOW_BYTES, planned[0]) if planned else stop
-            self._window = bytearray()  # before the next one is there
-            self._window, self._window_start = self._read(start, max(stop, last)), start
-        self._position = stop
-        return bytes(self._window[start - self._window_start : stop - self._window_start])
 
 
 def endpoint() -> str:

@@ -1,6 +1,6 @@
 """Looks into token files, whole or in the making, in bounded memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from sophia_train.data import manifest
 from sophia_train.data.base import SPLITS
-from sophia_train.data.manifest import DTYPES, Manifest
+from sophia_train.data.manifest import DTYPES, Manifest, Shard
 from sophia_train.data.parts import PartsFolder
-from sophia_train.data.token_files import Tokens, TokenShard, check_shard, read_header
+from sophia_train.data.token_files import PATTERNS, Tokens, TokenShard, check_shard, files_of, read_header
 from sophia_train.data.units import Unit
-from sophia_train.errors import MissingInputError
+from sophia_train.errors import MissingInputError, RunError
 
 CHUNK_TOKENS = 1 << 22
 MOST_TOKENS = 32 * CHUNK_TOKENS  # of a split that are read; of more, as many in windows at even distances
@@ -51,14 +51,29 @@ def find_tokens(path: Path) -> tuple[Manifest | None, dict[str, Tokens]]:
         for shard in (shard for shards in found.values() for shard in shards):
             check_shard(shard, None)
         return record, {split: Tokens(found[split]) for split in SPLITS}
-    patterns = {"train": "*train*.bin", "validation": "*val*.bin"}
-    files = {split: sorted(path.glob(pattern)) for split, pattern in patterns.items()}
+    files = {split: files_of(path, split) for split in SPLITS}
     if not any(files.values()):
         raise MissingInputError(
-            f"{path} has no {manifest.FILE_NAME} and no {' or '.join(patterns.values())} file; "
+            f"{path} has no {manifest.FILE_NAME} and no {' or '.join(PATTERNS.values())} file; "
             "give a folder with either, or one .bin file"
         )
     return None, {split: Tokens([read_header(p) for p in paths]) for split, paths in files.items() if paths}
+
+
+def damage(folder: Path) -> Iterator[tuple[Shard, RunError | None]]:
+    """Compare every shard of a prepared folder with its manifest; yields what is wrong with each, or None.
+
+    Raises:
+        MissingInputError, DataError: there is no manifest, or it is damaged.
+    """
+    record = Manifest.read(folder)
+    for shard in (*record.shards["train"], *record.shards["validation"]):
+        try:
+            tokens = TokenShard(folder / shard.file, DTYPES[record.dtype], 0, shard.tokens)
+            check_shard(tokens, shard.sha256)
+            yield shard, None
+        except RunError as error:
+            yield shard, error
 
 
 @dataclass

@@ -12,6 +12,7 @@ from sophia_train.errors import DataError, MissingInputError
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
+TAIL = "tail"
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}  # little-endian on every machine
 
 
@@ -32,7 +33,8 @@ class Manifest:
         source: what the text is, and `revision` which state of it.
         tokenizer: its name; `vocab_size` and `end_of_text` are its ids.
         dtype: `uint16` or `uint32`, little-endian.
-        split_rule: `documents`, chosen by a hash of their keys, or `tail`, the last tokens.
+        split_rule: what the rule calls itself, such as `documents`, chosen by a hash of their keys; or
+            `tail`, the last tokens, where the rule has left a split empty.
         validation_fraction: the share the rule was asked to hold out.
         documents: how many documents begin in each split.
         shards: the files of each split, in order.

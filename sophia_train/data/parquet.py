@@ -8,12 +8,13 @@ from typing import BinaryIO, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from sophia_train.data.pieces import cut
 from sophia_train.data.units import Document
 from sophia_train.errors import DataError, MissingInputError
 
 Readable = BinaryIO | io.RawIOBase
 
-BATCH_ROWS = 256
+MOST_ROWS = 256  # of a batch; of long rows, as many as come to about `READ_BYTES`
 READ_BYTES = 1 << 20  # of a column at a time, so that a file of one huge row group takes no more memory
 
 _TEXT_TYPES = (
@@ -35,6 +36,7 @@ class Column(NamedTuple):
     first_row: int  # of the first group, in the file
     rows: int
     chunks: list[tuple[int, int]]  # first byte and the one after the last, of each group
+    text_bytes: int  # unpacked, of all groups
 
 
 def documents(name: str, path: Path, column: str = "text") -> Iterator[Document]:
@@ -51,7 +53,7 @@ def documents(name: str, path: Path, column: str = "text") -> Iterator[Document]
     with file:
         metadata = read_footer(file, str(path))
         for row, text in texts(file, str(path), metadata, locate(metadata, column, str(path))):
-            yield Document(f"{name}:{row}", [text], row)
+            yield Document(f"{name}:{row}", cut(text), row)
 
 
 def read_footer(file: Readable, name: str) -> pyarrow.parquet.FileMetaData:
@@ -88,7 +90,7 @@ def locate(
     index = paths.index(column)
     groups: list[int] = []
     chunks: list[tuple[int, int]] = []
-    row = first_row = rows = 0
+    row = first_row = rows = text_bytes = 0
     for group in range(metadata.num_row_groups):
         about = metadata.row_group(group)
         chunk = about.column(index)
@@ -96,10 +98,11 @@ def locate(
         if start <= begin and (stop is None or begin < stop):
             first_row = first_row if groups else row
             rows += about.num_rows
+            text_bytes += chunk.total_uncompressed_size
             groups.append(group)
             chunks.append((begin, begin + chunk.total_compressed_size))
         row += about.num_rows
-    return Column(column, groups, first_row, rows, chunks)
+    return Column(column, groups, first_row, rows, chunks, text_bytes)
 
 
 def texts(
@@ -120,9 +123,11 @@ def texts(
             pre_buffer=False,
             page_checksum_verification=True,  # where the file has any
         )
-        batches = source.iter_batches(BATCH_ROWS, column.groups, [column.name], use_threads=False)
+        rows = min(MOST_ROWS, READ_BYTES * column.rows // max(1, column.text_bytes) + 1)
+        batches = source.iter_batches(rows, column.groups, [column.name], use_threads=False)
         for batch in batches if column.groups else ():
-            for text in batch.column(0).to_pylist():
+            for value in batch.column(0):
+                text = value.as_py()
                 if text is None:
                     raise DataError(
                         f"{name}: row {row:,} of data.text_column={column.name} is null; choose a column "

@@ -9,16 +9,9 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,15 +20,15 @@ import numpy as np
 from sophia_train import durable
 from sophia_train.data import manifest
 from sophia_train.data.base import SPLITS, Progress, Split
-from sophia_train.data.manifest import DTYPES, Manifest, Shard
-from sophia_train.data.parts import Part, PartsFolder, ShardWriter, dtype_of, link, prepare_unit
+from sophia_train.data.manifest import DTYPES, TAIL, Manifest, Shard
+from sophia_train.data.parts import Part, PartsFolder, ShardWriter, dtype_of, link
 from sophia_train.data.token_files import TokenShard, check_shard
 from sophia_train.data.tokenizers import Tokenizer
 from sophia_train.data.units import SplitRule, Unit
+from sophia_train.data.workers import prepare_units
 from sophia_train.errors import ConfigError, DataError, MissingInputError, OutputError, StorageError
 
 COPY_TOKENS = 1 << 20
-REPORT_SECONDS = 0.2
 
 
 def prepare(
@@ -72,7 +65,9 @@ def prepare(
             is of it is damaged.
         OutputError: `folder` cannot be written.
         StorageError: the disk is full or fails.
-        MissingInputError: a worker was killed, or a part that was done is gone.
+        MissingInputError: a part that was done is gone.
+        Interrupted: a worker was killed.
+        KeyboardInterrupt: at once, workers included; units that are done are kept.
     """
     if not 0 <= share[0] < share[1]:
         raise ConfigError(
@@ -99,7 +94,7 @@ def prepare(
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
         try:
             parts.begin(alone)
-            _prepare_units(parts, tokenizer, rule, workers, share, progress)
+            prepare_units(parts, tokenizer, rule, workers, share, progress)
             if alone:
                 _put_together(folder, parts, tokenizer, plan, validation_shard_tokens)
         finally:
@@ -115,100 +110,6 @@ def remove_leftovers(folder: Path) -> None:
     if parts.path.exists() or _lock_of(folder).exists():
         with contextlib.suppress(OSError), _turn(folder, alone=True):
             parts.remove()
-
-
-def _prepare_units(
-    parts: PartsFolder,
-    tokenizer: Tokenizer,
-    rule: SplitRule,
-    workers: int,
-    share: tuple[int, int],
-    progress: Progress | None,
-) -> None:
-    mine = range(share[0], len(parts.units), share[1])
-    done = {index: part for index in mine if (part := parts.find(index))}
-    # documents, tokens and bytes of each unit, where workers write and this process reads
-    context = multiprocessing.get_context("spawn")
-    counts = context.RawArray("q", 3 * max(1, len(parts.units)))
-    for index, part in done.items():
-        counts[3 * index : 3 * index + 3] = [sum(part.documents.values()), part.tokens, part.text_bytes]
-    left = [index for index in mine if index not in done]
-    reported = time.monotonic()
-
-    def report() -> None:
-        nonlocal reported
-        reported = time.monotonic()
-        if progress:
-            progress(*(sum(counts[which::3]) for which in range(3)))
-
-    if workers == 1:
-        for index in left:
-
-            def count(*unit: int, index: int = index) -> None:
-                counts[3 * index : 3 * index + 3] = unit
-                if time.monotonic() > reported + REPORT_SECONDS:
-                    report()
-
-            prepare_unit(parts, index, tokenizer, rule, count)
-        report()
-        return
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, (parts, tokenizer, rule, counts))
-    with pool:
-        try:
-            with _without_main():
-                pending = {pool.submit(_work, index) for index in left}
-            while pending:
-                finished, pending = wait(pending, REPORT_SECONDS, FIRST_EXCEPTION)
-                for future in finished:
-                    future.result()
-                report()
-        except BrokenProcessPool:
-            raise MissingInputError(
-                f"a worker was killed, perhaps for want of memory; {parts.path} keeps what is done: "
-                f"start again, with fewer than workers={workers} if it happens again"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    report()
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Let processes that are spawned in the body leave the program alone that spawns them.
-
-    Each would import it to begin with, for whatever it is asked to do, and with it torch and much else: some
-    seconds for every worker, which needs this module only.
-    """
-    names: dict[str, Any] = vars(sys.modules["__main__"])
-    hidden: dict[str, Any] = {name: names.pop(name) for name in ("__file__", "__spec__") if name in names}
-    names["__spec__"] = None
-    try:
-        yield
-    finally:
-        names.update(hidden)
-
-
-_worker: dict[str, Any] = {}
-
-
-def _begin_worker(parts: PartsFolder, tokenizer: Tokenizer, rule: SplitRule, counts: Any) -> None:
-    _worker.update(parts=parts, tokenizer=tokenizer, rule=rule, counts=counts)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and say nothing; the parent speaks
-
-    def end_with_parent() -> None:  # which, killed, can tell nobody
-        if parent := multiprocessing.parent_process():
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _work(index: int) -> None:
-    def count(*unit: int) -> None:
-        _worker["counts"][3 * index : 3 * index + 3] = unit
-
-    prepare_unit(_worker["parts"], index, _worker["tokenizer"], _worker["rule"], count)
 
 
 def _put_together(
@@ -234,7 +135,7 @@ def _put_together(
     n_kept, held_out_from = sum(shard.tokens for shard in kept), 0
     if not (kept and held_out):
         kept = held_out = kept or held_out
-        split_rule = "tail"
+        split_rule = TAIL
         tokens = sum(shard.tokens for shard in kept)
         n_kept = held_out_from = tokens - max(1, min(tokens - 1, round(tokens * plan["validation_fraction"])))
         tail = _read(parts.path, kept, n_kept, tokens, dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sophia_train.data import manifest, text_files
 from sophia_train.data.base import SPLITS, Data, Progress, Split
-from sophia_train.data.manifest import Manifest
+from sophia_train.data.manifest import TAIL, Manifest
 from sophia_train.data.prepare import prepare, remove_leftovers
 from sophia_train.data.token_files import Tokens, open_prepared
 from sophia_train.data.units import ByKey, SplitRule, Unit
@@ -47,6 +47,10 @@ class TextData(Data):
             raise ConfigError(
                 f"data.validation_fraction={self.validation_fraction} must be between 0 and 1; use 0.05"
             )
+        if self.folder and Path(self.folder).name in ("", ".."):  # what is in the making is beside it
+            raise ConfigError(
+                f"data.folder={self.folder} does not end in a name; write out which folder that is"
+            )
 
     @property
     @abstractmethod
@@ -69,6 +73,10 @@ class TextData(Data):
         """Which documents are held out."""
         return ByKey(self.validation_fraction)
 
+    def split_rule_name(self) -> str:
+        """Name the rule as manifests do, without a look at the text."""
+        return self.split_rule().describe()
+
     @property
     def prepared_folder(self) -> Path:
         """Where the prepared tokens are or will be."""
@@ -85,11 +93,12 @@ class TextData(Data):
         """Tokenise the documents unless that has been done; arguments as of `prepare.prepare`.
 
         Raises:
-            MissingInputError: there is no text, or a worker was killed.
+            MissingInputError: there is no text.
             DataError: the text cannot be read, or the folder was prepared from something else.
             UnavailableError: the tokenizer's vocabulary cannot be had.
             OutputError: the folder cannot be written.
             StorageError: the disk is full or fails.
+            Interrupted: a worker was killed; units that are done are kept.
         """
         if self.is_prepared:
             self._check_origin()
@@ -127,6 +136,8 @@ class TextData(Data):
             "tokenizer": self.tokenizer_name,
             "validation_fraction": self.validation_fraction,
         }
+        if record.split_rule != TAIL:  # which any rule comes to that leaves a split empty
+            expected["split_rule"] = self.split_rule_name()
         try:
             expected["revision"] = self.revision()
         except MissingInputError:

@@ -14,6 +14,7 @@ from typing import Any
 
 import zstandard
 
+from sophia_train.data.pieces import cut, pieces
 from sophia_train.data.units import Document, Unit
 from sophia_train.errors import DataError, MissingInputError
 
@@ -21,7 +22,6 @@ KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 UNPACKING_ERRORS = (gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError, EOFError)
 CHUNK_BYTES = 1 << 20
-LONGEST_PIECE = 8 * CHUNK_BYTES
 MOST_UNITS = 8192  # about: each becomes a file
 
 
@@ -157,14 +157,14 @@ def units(files: dict[str, Path], unit_bytes: int, as_bytes: bool = False) -> li
     size = 0
     for name, path in files.items():
         length = path.stat().st_size
-        cut = length > unit_bytes and path.suffix.lower() == ".jsonl" and not as_bytes
-        if not cut:
+        in_rows = length > unit_bytes and path.suffix.lower() == ".jsonl" and not as_bytes
+        if not in_rows:
             here[name] = path
             size += length
-        if here and (size >= unit_bytes or cut):
+        if here and (size >= unit_bytes or in_rows):
             gathered.append(Files(here, size, as_bytes))
             here, size = {}, 0
-        if cut:
+        if in_rows:
             starts = range(0, length, unit_bytes)
             gathered += [Rows(name, path, start, min(start + unit_bytes, length)) for start in starts]
     if here:
@@ -194,7 +194,7 @@ def documents(files: dict[str, Path]) -> Iterator[Document]:
                 if line.strip():
                     yield Document(f"{name}:{number}", _text_of(line, f"{path}:{number}"))
         else:
-            yield Document(name, _pieces(_decoded(path)))
+            yield Document(name, pieces(_decoded(path)))
 
 
 def _text_of(line: bytes, row: str) -> Iterable[str]:
@@ -205,9 +205,7 @@ def _text_of(line: bytes, row: str) -> Iterable[str]:
         text = None
     if not isinstance(text, str):
         raise DataError(f'{row} is not a JSON object with a string "text"; mend or drop the row')
-    if len(text) <= CHUNK_BYTES:
-        return [text]
-    return _pieces(text[start : start + CHUNK_BYTES] for start in range(0, len(text), CHUNK_BYTES))
+    return cut(text)
 
 
 def lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -238,28 +236,6 @@ def _decoded(path: Path) -> Iterator[str]:
 
 def _not_utf8(path: Path, position: int) -> DataError:
     return DataError(f"{path}: byte {position:,} is not UTF-8; convert the file (iconv) or leave it out")
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Cut text where GPT-2's pattern cuts anyway, so that the tokens do not depend on the pieces.
-
-    That is after a line end with no other white space beside it. Text without any, for 8 MiB, is cut all
-    the same: its tokens may differ there, its bytes do not.
-    """
-    rest = ""
-    for text in texts:
-        rest += text
-        cut = rest.rfind("\n", 0, -1)
-        while cut > 0 and (rest[cut - 1].isspace() or rest[cut + 1].isspace()):
-            cut = rest.rfind("\n", 0, cut)
-        if cut > 0:
-            yield rest[: cut + 1]
-            rest = rest[cut + 1 :]
-        elif len(rest) >= LONGEST_PIECE:
-            yield rest
-            rest = ""
-    if rest:
-        yield rest
 
 
 def chunks(path: Path) -> Iterator[bytes]:

@@ -19,9 +19,8 @@ from sophia_train.errors import DataError, MissingInputError
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
 SCAN_TOKENS = 1 << 22
 OPEN_FILES = 256  # of one split; a process may commonly have 1,024
-
-
 N_SAMPLES, SAMPLE_TOKENS = 64, 1024  # what a fingerprint reads
+PATTERNS: dict[Split, str] = {"train": "*train*.bin", "validation": "*val*.bin"}  # of nanoGPT's and llm.c's
 
 
 class TokenShard(NamedTuple):
@@ -185,13 +184,12 @@ class TokenFiles(Data):
     def _files(self, split: Split) -> list[Path]:
         path = self._path
         if path.is_dir():
-            pattern = {"train": "*train*.bin", "validation": "*val*.bin"}[split]
-            files = sorted(path.glob(pattern))
-            if not files:
-                raise MissingInputError(
-                    f"data.path={path} has no manifest.json and no {pattern} file; give a folder with either"
-                )
-            return files
+            if files := files_of(path, split):
+                return files
+            raise MissingInputError(
+                f"data.path={path} has no {manifest.FILE_NAME} and no {PATTERNS[split]} file; "
+                "give a folder with either"
+            )
         if self.validation_path is None:
             raise MissingInputError(
                 f"data.path={path} is one file; set data.validation_path to the .bin file to validate on"
@@ -209,6 +207,11 @@ class TokenFiles(Data):
                         f"{shard.path} holds token {largest}, but data.tokenizer={self.tokenizer} has only "
                         f"{vocab_size}; set the tokenizer it was made with, or copy it again if it is damaged"
                     )
+
+
+def files_of(folder: Path, split: Split) -> list[Path]:
+    """List a split's files, by name, in a folder of nanoGPT's or llm.c's; there may be none."""
+    return sorted(folder.glob(PATTERNS[split]))
 
 
 def read_header(path: Path) -> TokenShard:

@@ -20,10 +20,11 @@ from hub_server import Hub, serving
 
 from sophia_train.config import build, compose
 from sophia_train.data import hub as hub_module
-from sophia_train.data import hub_client, parquet, text_files
-from sophia_train.data.base import Split
+from sophia_train.data import hub_client, hub_files, parquet, pieces, text_files
+from sophia_train.data.base import SPLITS, Split
 from sophia_train.data.hub import HuggingFace
-from sophia_train.data.hub_client import Patience, RangeFile
+from sophia_train.data.hub_client import Patience
+from sophia_train.data.hub_files import RangeFile
 from sophia_train.data.manifest import Manifest
 from sophia_train.data.prepare import prepare
 from sophia_train.data.units import ByKey, Document, Unit
@@ -202,8 +203,8 @@ def test_slices_share_out_the_rows(hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
     whole = HuggingFace(repo=REPO, validation_fraction=0.3)
     whole.prepare()
     monkeypatch.setattr(hub_module, "UNIT_BYTES", 1000)
-    monkeypatch.setattr(hub_client, "WINDOW_BYTES", 300)
-    monkeypatch.setattr(hub_client, "HOLE_BYTES", 10)
+    monkeypatch.setattr(hub_files, "WINDOW_BYTES", 300)
+    monkeypatch.setattr(hub_files, "HOLE_BYTES", 10)
     data = HuggingFace(repo=REPO, validation_fraction=0.3, folder="sliced")
     units = data.units()
     assert len(units) > 9 and len({unit.name for unit in units}) == len(units)
@@ -217,6 +218,75 @@ def test_slices_share_out_the_rows(hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
         assert texts_in(data, split) == texts_in(whole, split)  # type: ignore[arg-type]
     monkeypatch.setattr(hub_module, "MOST_UNITS", 1)
     assert len(data.units()) == 3
+
+
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_row_groups_at_the_edge_of_a_slice_are_in_one(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, off: int
+) -> None:
+    """The text of a row group begins right at the edge, a byte before, or a byte after."""
+    whole = HuggingFace(repo=REPO, validation_fraction=0.3, folder="whole")
+    whole.prepare()
+    metadata = parquet.read_footer(io.BytesIO(CONTENT[FILES[0]]), FILES[0])
+    begins = [first for first, _ in parquet.locate(metadata, "text", FILES[0]).chunks]
+    assert len(begins) > 5
+    keys = [f"{name}:{row}" for name in FILES for row in range(60)]
+    for begin in begins:
+        monkeypatch.setattr(hub_module, "UNIT_BYTES", begin - off)
+        units = HuggingFace(repo=REPO, folder="new").units()
+        assert any(unit.name == f"{FILES[0]}@{begin - off}" for unit in units)
+        assert [document.key for unit in units for document in unit.documents()] == keys
+    data = HuggingFace(repo=REPO, validation_fraction=0.3, folder="sliced")
+    monkeypatch.setattr(hub_module, "UNIT_BYTES", begins[3] - off)
+    data.prepare()
+    assert sum(Manifest.read(data.prepared_folder).documents.values()) == len(keys)
+    for split in SPLITS:
+        assert texts_in(data, split) == texts_in(whole, split)
+
+
+def test_a_prepared_folder_needs_no_request(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"repo": REPO, "validation_fraction": 0.3, "rows_seed": 3}
+    HuggingFace(**settings).prepare()
+    words = [f"data.{key}={value}" for key, value in settings.items()]
+    hub.requests.clear()
+    with socket.socket() as unused:  # bound, and nobody listens
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr("requests.Session.request", None)
+        data = build(compose(["data=hf", "data.tokenizer=bytes", *words]).data)
+        assert data.is_prepared
+        data.prepare()
+        assert data.revision() == hub.refs[REPO]["refs/convert/parquet"]
+        assert [len(data.open(split)) for split in SPLITS] == [
+            Manifest.read(data.prepared_folder).tokens(split) for split in SPLITS
+        ]
+        assert str(data.prepared_folder) in data.describe()
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(("made", "asked"), [(None, 1), (1, None), (1, 2)])
+def test_a_folder_with_other_rows_held_out_is_refused(hub: Hub, made: int | None, asked: int | None) -> None:
+    HuggingFace(repo=REPO, validation_fraction=0.3, rows_seed=made, folder="p").prepare()
+    hub.refusals[REPO] = (404, "RepoNotFound")
+    HuggingFace(repo=REPO, validation_fraction=0.3, rows_seed=made, folder="p").prepare()
+    names = {None: "documents", 1: "rows, seed 1", 2: "rows, seed 2"}
+    with pytest.raises(DataError, match=f"p was prepared with split_rule={names[made]}, not {names[asked]};"):
+        HuggingFace(repo=REPO, validation_fraction=0.3, rows_seed=asked, folder="p").prepare()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_long_rows_come_in_pieces(hub: Hub, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(pieces, "CHUNK_CHARACTERS", 50)
+    monkeypatch.setattr(pieces, "LONGEST_PIECE", 400)
+    texts = ["short\n", "a line\n" * 100, "é" * 3000, ""]
+    rows = "\n".join(json.dumps({"text": text}) for text in texts).encode()
+    content = {"parquet": parquet_bytes(texts), "jsonl": rows}[kind]
+    hub.commit(REPO, "main", {f"a.{kind}": content})
+    [unit] = HuggingFace(repo=REPO, ref="main", files=f"a.{kind}").units()
+    found = [[str(piece) for piece in document.pieces] for document in unit.documents()]
+    assert ["".join(each) for each in found] == texts
+    assert max(len(piece) for each in found for piece in each) <= 450
+    assert [len(each) > 5 for each in found] == [False, True, True, False]
 
 
 def test_waits_grow_and_a_server_may_ask_for_longer_ones(hub: Hub, waits: list[float]) -> None:
@@ -291,7 +361,7 @@ def test_damage_that_decoded_is_not_patched_up(hub: Hub, monkeypatch: pytest.Mon
                 raise parquet.Damaged("x")
             yield row, text
 
-    monkeypatch.setattr(hub_module.HubUnit, "_parquet_rows", rows)
+    monkeypatch.setattr(hub_files.HubUnit, "_parquet_rows", rows)
     with pytest.raises(UnavailableError, match="reads differently each time"):
         list(first.documents())
 
@@ -311,7 +381,7 @@ def test_held_out_rows_are_those_of_the_permutation(hub: Hub, monkeypatch: pytes
 @pytest.mark.parametrize("fault", [None, "ends early", "reset", "range ignored", "corrupt"])
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 def test_json_lines(hub: Hub, monkeypatch: pytest.MonkeyPatch, packing: str, fault: str | None) -> None:
-    monkeypatch.setattr(hub_client, "WINDOW_BYTES", 1000)
+    monkeypatch.setattr(hub_files, "WINDOW_BYTES", 1000)
     monkeypatch.setattr(text_files, "CHUNK_BYTES", 700)
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[packing]
     lines = [json.dumps({"body": text}) for text in texts_of_file(0)]
@@ -444,7 +514,7 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("window", [1, 10, 10_000])
 def test_range_files_read_as_files_do(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
-    monkeypatch.setattr(hub_client, "WINDOW_BYTES", window)
+    monkeypatch.setattr(hub_files, "WINDOW_BYTES", window)
     content = random.Random(0).randbytes(1000)
     reads: list[tuple[int, int]] = []
 
@@ -492,7 +562,7 @@ def test_empty_files(tmp_path: Path, hub: Hub) -> None:
 
 
 def test_a_huge_row_group_is_read_in_small_ranges(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_client, "WINDOW_BYTES", 150_000)
+    monkeypatch.setattr(hub_files, "WINDOW_BYTES", 150_000)
     monkeypatch.setattr(parquet, "READ_BYTES", 100_000)
     generator = random.Random(0)
     texts = [generator.randbytes(500).hex() for _ in range(4000)]
@@ -505,6 +575,18 @@ def test_a_huge_row_group_is_read_in_small_ranges(hub: Hub, monkeypatch: pytest.
     ranges = [headers["Range"].removeprefix("bytes=").split("-") for _, headers in hub.asked("/cdn/")]
     assert len(ranges) > 20
     assert max(int(last) - int(first) for first, last in ranges) < 150_000
+
+
+def test_long_rows_are_not_held_together(tmp_path: Path) -> None:
+    texts = [f"{number:08d}" * 25_000 for number in range(60)]
+    options = {"use_dictionary": False, "compression": "none", "write_batch_size": 1}
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(texts, rows=60, **options))
+    before, found, held = pa.total_allocated_bytes(), [], []
+    for document in parquet.documents("a", tmp_path / "a.parquet"):
+        found.append("".join(map(str, document.pieces)))
+        held.append(pa.total_allocated_bytes() - before)
+    assert found == texts
+    assert max(held) < sum(map(len, texts)) / 2
 
 
 def test_a_listing_that_goes_round_ends(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import permutations
@@ -22,6 +23,8 @@ from worker_prepare import (
     TOKENIZER,
     Killed,
     Listed,
+    Stuck,
+    Watchful,
     apart,
     corpus,
     cut,
@@ -34,6 +37,7 @@ from worker_prepare import (
 
 from sophia_train import durable
 from sophia_train.data import parts, prepare, text_files
+from sophia_train.data import workers as workers_module
 from sophia_train.data.base import SPLITS
 from sophia_train.data.manifest import Manifest
 from sophia_train.data.parts import PartsFolder
@@ -41,7 +45,15 @@ from sophia_train.data.prepare import remove_leftovers
 from sophia_train.data.token_files import open_prepared
 from sophia_train.data.tokenizers import Bytes
 from sophia_train.data.units import ByKey, Document
-from sophia_train.errors import ConfigError, DataError, MissingInputError, OutputError, RunError, StorageError
+from sophia_train.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    MissingInputError,
+    OutputError,
+    RunError,
+    StorageError,
+)
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["__main__", "worker_prepare"])
@@ -230,7 +242,7 @@ def test_no_documents_are_an_error_that_leaves_nothing(tmp_path: Path, units: li
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_progress_ends_at_the_totals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr(prepare, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(workers_module, "REPORT_SECONDS", 0)
     calls: list[tuple[int, int, int]] = []
     documents = [Document("a", [b"12", "ü"]), Document("b", [b"3456"])]
     units = cut(documents, 2)
@@ -553,18 +565,47 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_an_interrupt_ends_workers_at_once(tmp_path: Path) -> None:
-    """As Ctrl-C sends it, to all of them; it is no killed worker to the parent."""
-    folder, pids = tmp_path / "p", tmp_path / "pids"
-    units = slow_corpus(pids, 200)
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])  # Ctrl-C sends it to workers, too
+def test_an_interrupt_ends_workers_within_their_units(
+    tmp_path: Path, kill: Callable[[int, int], None]
+) -> None:
+    folder, pids, flag = tmp_path / "p", tmp_path / "pids", tmp_path / "flag"
+    flag.touch()
+    units = cut(random_documents(40), 5)
+    run(tmp_path / "reference", units=units)
+    for unit in units[3:]:
+        unit.__class__, unit.pids, unit.flag = Stuck, pids, flag
     process = start(in_order, folder, units, {"workers": 2}, apart)
-    wait_for(lambda: pids.exists() and len(set(pids.read_text().split())) == 2)
-    os.killpg(process.pid, signal.SIGINT)
-    begun = time.monotonic()
+    wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    kill(process.pid, signal.SIGINT)
     assert end_of(process) == INTERRUPTED
-    assert time.monotonic() < begun + 5
-    assert not any(alive(int(pid)) for pid in set(pids.read_text().split()))
-    assert not folder.exists() and len(pids.read_text().split()) < 200
+    assert not any(alive(int(pid)) for pid in pids.read_text().split())
+    assert {path.name for path in tmp_path.glob(".p.parts/part_*")} == {
+        f"part_0000{index}.json" for index in range(3)
+    }
+    flag.unlink()
+    run(folder, units=units)
+    assert content_of(folder) == content_of(tmp_path / "reference")
+    assert names_in(tmp_path) == {"p", "pids", "reference"}
+
+
+def test_workers_are_light_and_leave_interrupts_to_who_has_started_them(tmp_path: Path) -> None:
+    before, log = signal.pthread_sigmask(signal.SIG_BLOCK, ()), tmp_path / "log"
+    run(tmp_path / "p", units=cut(random_documents(20), 4, log, Watchful), workers=2)
+    assert log.read_text().split() == ["False", "False"] * 4
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before and signal.SIGINT not in before
+
+
+def test_workers_leave_the_program_that_starts_them_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark, program = tmp_path / "mark", tmp_path / "program.py"
+    program.write_text(f"open({str(mark)!r}, 'w')")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(program), raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    run(tmp_path / "p", units=cut(random_documents(20), 4), workers=2)
+    assert not mark.exists()
+    assert sys.modules["__main__"].__file__ == str(program)
 
 
 def test_a_killed_worker_is_one_clear_error(tmp_path: Path) -> None:
@@ -577,9 +618,10 @@ def test_a_killed_worker_is_one_clear_error(tmp_path: Path) -> None:
         unit.__class__ = Listed
     units[4].flag = flag
     with pytest.raises(
-        MissingInputError, match=r"a worker was killed.*\.p\.parts keeps.*fewer than workers=2"
-    ):
+        Interrupted, match=r"a worker was killed.*\.p\.parts keeps.*fewer than workers=2"
+    ) as error:
         run(tmp_path / "p", units=units, workers=2)
+    assert error.value.code == INTERRUPTED
     assert names_in(tmp_path) <= {"flag", "reference", ".p.parts"}
     flag.unlink()
     run(tmp_path / "p", units=units, workers=2)
@@ -632,8 +674,8 @@ def test_parts_are_whole_whenever_they_are_visible(tmp_path: Path) -> None:
     looks = 0
     path = tmp_path / ".p.parts"
     while process.is_alive():
-        for file in path.glob("[!.]*"):
-            with contextlib.suppress(FileNotFoundError):  # when all is done
+        with contextlib.suppress(FileNotFoundError):  # when all is done, the folder goes, too
+            for file in path.glob("[!.]*"):
                 assert seen.setdefault(file.name, content := file.read_bytes()) == content
                 looks += 1
     assert end_of(process) == 0

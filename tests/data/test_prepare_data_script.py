@@ -1,21 +1,17 @@
 """`scripts/prepare_data.py`: what it makes, what it prints, and its exit codes."""
 
-import gzip
 import hashlib
 import importlib.util
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
-import numpy as np
 import pytest
 from rich.cells import cell_len
 
-from sophia_train.data import prepare as module
-from sophia_train.data import sources
+from sophia_train.data import sources, workers
 from sophia_train.data.manifest import Manifest
 from sophia_train.data.token_files import TokenFiles
 from sophia_train.data.tokenizers import load_tokenizer, train_bpe
@@ -85,6 +81,9 @@ ARGUMENTS = ["data=text", "data.path=texts", "data.folder=prepared"]
         (["verify=nothing"], 66, "nothing is not a prepared data folder"),
         (["verify=nothing", "data=text"], 64, "verify=nothing stands alone"),
         (["data=text", "data.path=texts", "data.folder=texts"], 73, "data.folder=texts"),
+        (["data=text", "data.path=texts", "data.folder=."], 64, "data.folder=. does not end in a name"),
+        (["data=text", "data.path=texts", "data.folder=texts/.."], 64, "data.folder=texts/.. does not end"),
+        (["data=text", "data.path=texts", "data.folder=/"], 64, "data.folder=/ does not end in a name"),
         ([*ARGUMENTS, "workers=0"], 64, "workers=0 is not a whole number of at least 1; use workers="),
         ([*ARGUMENTS, "workers=x"], 64, "workers=x"),
         ([*ARGUMENTS, "workers="], 64, "workers= is not"),
@@ -169,7 +168,7 @@ def test_shards_and_workers_make_the_same_bytes(
 def test_an_interruption_keeps_what_is_done(
     main: Main, texts: Path, small_units: None, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare_unit, done = module.prepare_unit, []
+    prepare_unit, done = workers.prepare_unit, []
 
     def interrupted(*arguments: object) -> object:
         if len(done) == 3:
@@ -177,47 +176,17 @@ def test_an_interruption_keeps_what_is_done(
         done.append(prepare_unit(*arguments))  # type: ignore[arg-type]
         return done[-1]
 
-    monkeypatch.setattr(module, "prepare_unit", interrupted)
+    monkeypatch.setattr(workers, "prepare_unit", interrupted)
     arguments = [*ARGUMENTS, "workers=1"]
     assert main(arguments) == 75
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "error: interrupted; units that are done are kept, and the same command goes on"
-    monkeypatch.setattr(module, "prepare_unit", prepare_unit)
+    monkeypatch.setattr(workers, "prepare_unit", prepare_unit)
     assert main([*arguments, "merge=true"]) == 66
     assert "lacks units 3-" in capsys.readouterr().err
     assert main(arguments) == 0
     assert main(["data=text", "data.path=texts", "data.folder=other", "workers=1"]) == 0
     assert digests("prepared") == digests("other")
-
-
-@pytest.mark.parametrize("kind", ["bytes", "file", "gz"])
-def test_the_disk_is_estimated_beforehand(
-    script: ModuleType, texts: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    text = "the quick brown fox jumps over the lazy dog\n" * 3000
-    (texts / "long.txt").write_text(text)
-    tokenizer = "bytes"
-    if kind == "file":
-        tokenizer = "made.json"
-        Path(tokenizer).write_text(train_bpe([text], 300))
-    if kind == "gz":
-        shutil.rmtree(texts)
-        texts.mkdir()
-        words = np.random.default_rng(0).integers(97, 110, 200_000).astype(np.uint8).tobytes()
-        (texts / "long.txt.gz").write_bytes(gzip.compress(words))
-    text_data = sources.Text(path="texts", folder="prepared", tokenizer=tokenizer)
-    units = text_data.units()
-    said: list[str] = []
-    monkeypatch.setattr(script, "_note", said.append)
-    script.estimate(text_data, units, units, 1)
-    text_data.prepare()
-    tokens = sum(Manifest.read(Path("prepared")).tokens(split) for split in ("train", "validation"))
-    about = float(said[0].removeprefix("about ").split()[0]) * {"kB": 1e3, "MB": 1e6}[said[0].split()[2]]
-    assert 0.5 < about / (2 * tokens) < 2 and len(said) == 1 and len(said[0]) < 80
-
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    script.estimate(text_data, units, units, 1)
-    assert said[-1].startswith("warning: ") and "1.0 kB free" in said[-1] and "data.folder" in said[-1]
 
 
 def test_by_default_there_are_no_more_workers_than_units(
@@ -226,19 +195,6 @@ def test_by_default_there_are_no_more_workers_than_units(
     monkeypatch.setattr(script, "_cores", lambda: 4)
     assert [script.read_workers(None, units) for units in (0, 1, 3, 9)] == [1, 1, 3, 4]
     assert script.read_workers("7", 1) == 7
-
-
-def test_progress_says_how_fast_and_how_long(
-    script: ModuleType, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
-    with script.Display(total=100e6) as display:
-        display.show(1000, 10_000_000, 40_000_000)  # of an earlier call
-        now[0] += 20
-        display.show(1500, 15_000_000, 60_000_000)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == "1.5k documents  15.0M tokens  1.0 MB/s  eta 40s"
 
 
 def test_ranges_of_numbers(script: ModuleType) -> None:
@@ -267,17 +223,10 @@ def test_inspect_shows_counts_lengths_tokens_and_samples(main: Main, texts: Path
     bars = [line.split() for line in lines if "#" in line]
     assert sum(int(bar[-2]) for bar in bars) == sum(record.documents.values())
     total = sum(map(record.tokens, ("train", "validation")))
-    assert f"{total / record.text_bytes:.3f} tokens per byte of text" in out
+    assert f"{record.text_bytes:,} bytes of text: {total / record.text_bytes:.3f} tokens per byte" in out
     assert "'b'" in out and "train, from token 1\n" in out and "validation, from token 1\n" in out
     assert max(map(cell_len, lines)) < 80
     assert all(c.isprintable() or c == "\n" for c in out)
-
-
-def test_samples_escape_what_moves_the_cursor(script: ModuleType, make_tokens: Callable) -> None:
-    tokens = make_tokens(np.array([256, *b"\x1b[2J\x07\xff\tx\n1\n2\n3\n4"]))
-    tokenizer = sources.Text(path="x").load_tokenizer()
-    lines = list(script._samples("train", tokens, tokenizer, 256, [0]))
-    assert [line.rstrip() for line in lines[2:]] == ["  | \\x1b[2J\\x07\ufffd\\tx", "  | 1", "  | 2", "  | 3"]
 
 
 def test_inspect_takes_files_of_others(main: Main, texts: Path, token_files: Path, capsys: Capture) -> None:

@@ -20,8 +20,7 @@ from sophia_train.data.base import SPLITS
 from sophia_train.data.manifest import Manifest
 from sophia_train.data.sources import PythonStdlib, Text
 from sophia_train.data.text_files import documents, find
-from sophia_train.data.tokenizers import load_tokenizer
-from sophia_train.data.units import Unit
+from sophia_train.data.units import ByKey, Unit
 from sophia_train.errors import ConfigError, DataError, MissingInputError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -138,7 +137,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 def test_pieces_add_up_and_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "CHUNK_BYTES", 50)
-    monkeypatch.setattr(text_files, "LONGEST_PIECE", 400)
+    monkeypatch.setattr("sophia_train.data.pieces.LONGEST_PIECE", 400)
     generator = random.Random(0)
     for alphabet in ("ab\n", "a \n", "a", "\n", "é世\n\u2028 "):
         text = "".join(generator.choices(alphabet, k=3000))
@@ -147,35 +146,6 @@ def test_pieces_add_up_and_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
         found = [str(piece) for piece in pieces]
         assert "".join(found) == text
         assert max(map(len, found)) <= 450 and len(found) > 5
-
-
-@pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"), reason="GPT-2's vocabulary is not cached")
-def test_gpt2_tokens_do_not_depend_on_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = load_tokenizer("gpt2")
-    generator = random.Random(0)
-    words = [
-        "the",
-        " quick",
-        "'s",
-        "\n",
-        "\n\n",
-        " ",
-        "  \n",
-        "\t",
-        "9",
-        "...",
-        "é",
-        "\u2028",
-        "\x1c",
-        "\xa0",
-    ]
-    text = "".join(generator.choices(words, k=4000))
-    (tmp_path / "a.txt").write_text(text, newline="")
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", 20)
-    [(_, pieces, _)] = documents(find("a.txt"))
-    parts = list(pieces)
-    assert len(parts) > 20
-    assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
 
 
 def small_text(tmp_path: Path, **settings: object) -> Text:
@@ -231,6 +201,26 @@ def test_a_folder_of_other_text_or_settings_is_refused(tmp_path: Path) -> None:
     data.prepare()
     (tmp_path / "my texts").rename("moved")
     data.prepare()  # the tokens do not need their text any more
+
+
+def test_a_folder_of_another_split_rule_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = small_text(tmp_path, folder="by-key")
+    data.prepare()
+    short = dataclasses.replace(data, path=str(tmp_path / "my texts" / "3.txt"), folder="tail")
+    short.prepare()
+    assert Manifest.read(Path("tail")).split_rule == "tail"
+    monkeypatch.setattr(ByKey, "describe", lambda rule: "some other rule")
+    with pytest.raises(
+        DataError, match="by-key was prepared with split_rule=documents, not some other rule; choose another"
+    ):
+        data.prepare()
+    short.prepare()  # what a rule falls back to is no sign of which it was
+
+
+@pytest.mark.parametrize("folder", [".", "..", "/", "a/..", "~/..", "./"])
+def test_a_folder_without_a_name_is_refused(folder: str) -> None:
+    with pytest.raises(ConfigError, match="does not end in a name; write out which folder that is"):
+        PythonStdlib(folder=folder)
 
 
 def test_text_that_cannot_be_prepared_leaves_no_folder(tmp_path: Path) -> None:
@@ -366,8 +356,7 @@ def test_bad_rows_of_long_files_are_named_with_their_byte(tmp_path: Path, bad: b
 
 
 def test_a_long_row_comes_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(text_files, "LONGEST_PIECE", 800)
+    monkeypatch.setattr("sophia_train.data.pieces.CHUNK_CHARACTERS", 100)
     text = "".join(random.Random(0).choices("ab\n é", k=5000))
     write_rows(tmp_path / "a.jsonl", [text], "\n")
     [(_, pieces, _)] = documents(find("a.jsonl"))

@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -67,6 +69,32 @@ class Slow(Listed):
         for document in self.listed:
             time.sleep(self.seconds)
             yield document
+
+
+class Stuck(Listed):
+    """Tells who is at it, and never ends while a file is there."""
+
+    pids: Path
+    flag: Path
+
+    def documents(self) -> Iterator[Document]:
+        yield from list(self.listed)[:1]
+        if self.flag.exists():
+            with self.pids.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            threading.Event().wait()
+        yield from list(self.listed)[1:]
+
+
+class Watchful(Listed):
+    """Notes whether its process would see a Ctrl-C, and whether it has imported torch."""
+
+    def documents(self) -> Iterator[Document]:
+        assert self.log
+        with self.log.open("a") as file:
+            file.write(f"{signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())}\n")
+            file.write(f"{'torch' in sys.modules}\n")
+        yield from self.listed
 
 
 def cut(documents: Sequence[Document], count: int, log: Path | None = None, kind: Any = Listed) -> list[Any]:
