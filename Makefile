@@ -24,6 +24,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.run
 	@echo "installing the tools of development into $(VENV), once ..."
 	@$(PIP) -e '.[dev]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.6.0 # its interpreter; torch for CUDA has one
 	@touch $@
 
 train: setup ## train a small GPT on this machine, within minutes

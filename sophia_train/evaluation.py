@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sophia_train.gradients import evaluation_mode
-from sophia_train.models.losses import cross_entropy
+from sophia_train.models.losses import fused_cross_entropy
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def evaluate(
     with evaluation_mode(model):
         for inputs, targets in blocks:
             targets = targets.to(device, non_blocking=True)
-            loss = model(inputs.to(device, non_blocking=True), targets, loss_fn=cross_entropy)
+            loss = model(inputs.to(device, non_blocking=True), targets, loss_fn=fused_cross_entropy)
             total += torch.stack([loss.double(), (targets >= 0).sum().double()])
     sum_over_processes([total])
     loss_sum, tokens = total.tolist()

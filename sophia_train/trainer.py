@@ -23,7 +23,7 @@ from sophia_train.gradients import accumulate_gradients, micro_batches
 from sophia_train.health import HealthMonitor
 from sophia_train.hessian.base import HessianUpdater, Replica
 from sophia_train.models.gpt2 import GPT2
-from sophia_train.models.losses import cross_entropy
+from sophia_train.models.losses import fused_cross_entropy
 from sophia_train.optim.evaluation_weights import evaluation_weights
 from sophia_train.optim.gamma import GammaRule
 from sophia_train.optim.schedules import Schedule
@@ -153,7 +153,7 @@ class Trainer:
         loss = accumulate_gradients(
             self.model,
             micro_batches(batch.inputs, batch.targets, self.replica.micro_batch_size),
-            cross_entropy,
+            fused_cross_entropy,
             tokens=batch.targets.numel(),
             no_sync=self.replica.no_sync,
             dropout_seed=derive(config.seed, "dropout", state.step, self.replica.rank),

@@ -46,10 +46,8 @@ def transformers():
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate(request):
+def fresh_accelerate():
     """Let every test choose its precision: Accelerate keeps the first, transformers' Trainer's too."""
     yield
-    if "transformers" in request.fixturenames:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
+    if loaded := sys.modules.get("accelerate.state"):
+        loaded.AcceleratorState._reset_state(reset_partial_state=True)

@@ -6,12 +6,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from sophia_train import launch
 from sophia_train.data.batches import Batch
 from sophia_train.hessian import GNB, EmpiricalFisher, GradientMagnitude, Hutchinson, Replica
 from sophia_train.models.gpt2 import GPT2, GPT2Config
-from sophia_train.models.losses import cross_entropy, sample_labels, sampled_cross_entropy, token_keys
+from sophia_train.models.labels import sample_labels, token_keys
+from sophia_train.models.losses import cross_entropy, fused_cross_entropy, sampled_cross_entropy
 from sophia_train.optim import Sophia
 from sophia_train.seeds import derive
 from sophia_train.train import train
@@ -37,6 +39,58 @@ def batch():
     return Batch(rows[:, :-1], rows[:, 1:], list(range(8)))
 
 
+@pytest.mark.parametrize("name", ["step", "all_finite", "move_averages", "cross_entropy"])
+def test_the_kernels_equal_plain_torch(name):
+    import kernel_checks
+
+    getattr(kernel_checks, f"check_{name}")("cuda")
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias_correction": "both"}, {"clip_threshold": None, "eps": 0.04}])
+def test_the_fused_optimizer_is_the_default_and_follows_the_loop(settings):
+    trained = {}
+    for fused in (None, True, False):
+        generator = torch.Generator("cuda").manual_seed(1)
+        shapes = [(400, 300), (777,), (20, 30, 40)]
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator, device="cuda")) for s in shapes]
+        optimizer = Sophia(params, lr=3e-3, fused=fused, **settings)
+        for step in range(20):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator, device="cuda")
+            if step % 3 == 0:
+                estimates = {p: torch.rand(p.shape, generator=generator, device="cuda") * 50 for p in params}
+                if step == 6:
+                    estimates[params[1]][5] = torch.inf
+                assert optimizer.update_hessian(estimates).item() == (step != 6)
+            optimizer.step()
+        trained[fused] = params
+    for default, fused, loop in zip(*trained.values(), strict=True):
+        assert torch.equal(default, fused)
+        torch.testing.assert_close(fused, loop, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_fused_optimizer_cannot_take_is_refused_by_name():
+    optimizer = Sophia([torch.nn.Parameter(torch.randn(3, dtype=torch.float64).cuda())], fused=True)
+    optimizer.param_groups[0]["params"][0].sum().backward()
+    with pytest.raises(RuntimeError, match="float32"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_fused_loss_keeps_the_logits_of_one_chunk(compiled):
+    hidden = torch.randn(16, 1024, 64, device="cuda", requires_grad=True)
+    model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=64, block_size=8, vocab_size=50257)).cuda()
+    targets = torch.randint(0, 50257, (16, 1024), device="cuda")
+    loss = torch.compile(fused_cross_entropy) if compiled else fused_cross_entropy
+    with torch.autocast("cuda", torch.bfloat16):
+        loss(hidden, model.head, targets, 1024).backward()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss(hidden, model.head, targets, 1024).backward()
+    chunk = 1024 * 50304 * 2
+    assert torch.cuda.max_memory_allocated() - before < 1.7 * chunk
+
+
 @pytest.mark.parametrize("settings", [{}, {"eps_mode": "add"}, {"clip_threshold": None, "eps": 0.04}])
 def test_foreach_gives_the_bits_of_the_loop(settings):
     weights = []
@@ -44,7 +98,7 @@ def test_foreach_gives_the_bits_of_the_loop(settings):
         generator = torch.Generator("cuda").manual_seed(1)
         shapes = [(400, 300), (777,), (20, 30, 40)]
         params = [torch.nn.Parameter(torch.randn(s, generator=generator, device="cuda")) for s in shapes]
-        optimizer = Sophia(params, lr=3e-3, foreach=foreach, **settings)
+        optimizer = Sophia(params, lr=3e-3, foreach=foreach, fused=False, **settings)
         for _ in range(5):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator, device="cuda")
@@ -76,13 +130,33 @@ def test_compiled_bf16_losses_agree_with_float32(model, batch):
         loss(model.transformer(batch.inputs), model.head, targets, 512).item()
         for loss, targets in ((cross_entropy, batch.targets), (sampled_cross_entropy, keys))
     ]
+    expected.append(expected[0])
     model.compile()
     with torch.autocast("cuda", torch.bfloat16):
         found = [
             model(batch.inputs, targets, loss_fn=loss).item()
-            for loss, targets in ((cross_entropy, batch.targets), (sampled_cross_entropy, keys))
+            for loss, targets in (
+                (cross_entropy, batch.targets),
+                (sampled_cross_entropy, keys),
+                (fused_cross_entropy, batch.targets),
+            )
         ]
     assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_compiled_bf16_gradients_of_the_fused_loss_are_as_exact_as_plain_ones(model, batch):
+    def gradient(loss_fn):
+        model.zero_grad()
+        model(batch.inputs, batch.targets, loss_fn=loss_fn).backward()
+        return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+    exact = gradient(cross_entropy)
+    model.compile()
+    with torch.autocast("cuda", torch.bfloat16):
+        errors = [
+            (gradient(loss) - exact).norm() / exact.norm() for loss in (cross_entropy, fused_cross_entropy)
+        ]
+    assert errors[1] < 1.1 * errors[0] < 0.05
 
 
 def test_labels_are_those_of_the_cpu_up_to_near_ties():
@@ -107,8 +181,10 @@ def test_the_estimate_in_compiled_bf16_agrees_with_float32(model, batch):
 @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
 def test_hutchinson_compiled_in_bf16_agrees_with_float64_on_the_cpu(model, batch, probe):
     estimator = Hutchinson(probe=probe, micro_batch_size=4)
+    counters["graph_break"].clear()
     with torch.autocast("cuda", torch.bfloat16):
         rough = estimator.estimate(Replica(model, 8), batch, 0)
+    assert not counters["graph_break"]  # or it would not be compiled at all
     exact_model = GPT2(CONFIG).double()
     exact_model.load_state_dict(model.state_dict())
     on_cpu = Batch(batch.inputs.cpu(), batch.targets.cpu(), batch.sequences)

@@ -21,7 +21,7 @@ from sophia_train.data.batches import Batch
 from sophia_train.gradients import accumulate_gradients, count_targets, evaluation_mode, micro_batches
 from sophia_train.hessian import GNB, Estimator, Hutchinson, Replica
 from sophia_train.models.gpt2 import GPT2
-from sophia_train.models.losses import cross_entropy
+from sophia_train.models.losses import cross_entropy, fused_cross_entropy
 from sophia_train.optim.statistics import layer_of
 from sophia_train.seeds import derive
 
@@ -163,7 +163,8 @@ def estimates(
             if estimator.reads_training_gradient:
                 parts = micro_batches(batch.inputs, batch.targets, MICRO_BATCH)
                 with evaluation_mode(model):
-                    accumulate_gradients(model, parts, cross_entropy, tokens=count_targets(batch.targets))
+                    tokens = count_targets(batch.targets)
+                    accumulate_gradients(model, parts, fused_cross_entropy, tokens=tokens)
             wait()
             start = time.perf_counter()
             estimate = estimator.estimate(Replica(model, MICRO_BATCH), batch, key)

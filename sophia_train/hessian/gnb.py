@@ -8,7 +8,8 @@ from torch import Tensor
 from sophia_train.data.batches import Batch
 from sophia_train.gradients import accumulate_gradients, evaluation_mode, micro_batches
 from sophia_train.hessian.base import Estimates, Estimator, Replica
-from sophia_train.models.losses import sampled_cross_entropy, token_keys
+from sophia_train.models.labels import token_keys
+from sophia_train.models.losses import sampled_cross_entropy
 from sophia_train.seeds import derive
 
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +58,13 @@ class Hutchinson(Estimator):
             for index, (name, p) in enumerate(parameters.items())
         }
         weights = {name: p.detach() for name, p in parameters.items()}
-        product = _compiled_product() if batch.inputs.is_cuda else _product
+        product = compiled_product() if batch.inputs.is_cuda else hessian_product
+        module = _Uncompiled(model)  # not made by what is compiled: its graph would break
         total: list[Tensor] = []
         with evaluation_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             for part in micro_batches(batch.inputs, batch.targets, self.micro_batch_size):
                 with replica.autocast():
-                    terms = list(product(model, weights, probes, part.inputs, part.targets).values())
+                    terms = list(product(module, weights, probes, part.inputs, part.targets).values())
                 if total:
                     torch._foreach_add_(total, terms)
                 else:
@@ -94,9 +95,10 @@ class _Uncompiled(nn.Module):
         return loss
 
 
-def _product(model: nn.Module, weights: Named, probes: Named, inputs: Tensor, targets: Tensor) -> Named:
+def hessian_product(
+    module: nn.Module, weights: Named, probes: Named, inputs: Tensor, targets: Tensor
+) -> Named:
     """H u for the Hessian H of the loss summed over targets; by parameter names."""
-    module = _Uncompiled(model)
     # in one chunk: a chunk whose logits are recomputed cannot carry a tangent
     whole = functools.partial(cross_entropy, chunk_tokens=targets.numel())
 
@@ -110,5 +112,6 @@ def _product(model: nn.Module, weights: Named, probes: Named, inputs: Tensor, ta
 
 
 @functools.cache
-def _compiled_product() -> Callable[..., Named]:
-    return torch.compile(_product, dynamic=False)
+def compiled_product(**options: Any) -> Callable[..., Named]:
+    """Return `hessian_product`, compiled once for all models."""
+    return torch.compile(hessian_product, dynamic=False, **options)

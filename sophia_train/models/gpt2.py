@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sophia_train.models.losses import cross_entropy
+from sophia_train.models.losses import Head, cross_entropy
 from sophia_train.seeds import derive
 
-Head = Callable[[Tensor], Tensor]
 LossFunction = Callable[[Tensor, Head, Tensor], Tensor]
 
 VOCABULARY_MULTIPLE = 64  # rows of the embedding are padded to this: matrix units want aligned shapes
@@ -184,10 +183,10 @@ class GPT2(nn.Module):
         """Weight of the map to logits: the word embedding itself, (padded V, C)."""
         return self.transformer.wte.weight
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Map hidden states (..., C) to logits (..., V); the padding rows of the embedding are cut off."""
-        logits = F.linear(hidden, self.head_weight)
-        return logits[..., : self.config.vocab_size]
+    @property
+    def head(self) -> Head:
+        """The map from hidden states (..., C) to logits (..., V)."""
+        return Head(self.head_weight, self.config.vocab_size)
 
     def flops_per_token(self) -> int:
         """FLOPs of one forward and backward pass per token: 6 N + 12 L C T (PaLM, appendix B).

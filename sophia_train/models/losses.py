@@ -1,24 +1,68 @@
 """Losses on the last hidden states, a chunk of tokens at a time: the full tokens x V matrix never exists.
 
 A loss is called as `loss(hidden, head, targets)` and returns the **sum** over its target tokens, so that
-micro-batches, groups and processes of any size add up to the same mean. Where there is more than one chunk,
-logits are recomputed in the backward pass instead of kept. Every loss can be differentiated twice.
+micro-batches, groups and processes of any size add up to the same mean.
+
+`fused_cross_entropy`, and `sampled_cross_entropy` on a `Head`, make the gradient while a chunk's logits are
+there, in the forward pass: nothing is recomputed, and nothing is kept but the gradient itself. They refuse to
+be differentiated twice. `cross_entropy` can be; where it has several chunks, it recomputes their logits.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sophia_train.models.fused_cross_entropy import linear_cross_entropy
+from sophia_train.models.labels import sample_labels
+
 CHUNK_TOKENS = 8192  # 8192 x 50,304 logits in float32 are 1.6 GB
+
+
+@dataclass  # torch's compiler cannot call a frozen one
+class Head:
+    """The map from hidden states to logits.
+
+    Attributes:
+        weight: (padded V, C), the word embedding.
+        words: V; the rows of `weight` from there on are never predicted.
+    """
+
+    weight: Tensor
+    words: int
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (..., C) to logits (..., V)."""
+        return F.linear(hidden, self.weight)[..., : self.words]
+
+
+def fused_cross_entropy(
+    hidden: Tensor, head: Head, targets: Tensor, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
+    """Sum of the cross-entropy, in nats, of the target tokens; for training.
+
+    Args:
+        hidden: (B, T, C) last hidden states.
+        head: the map to logits.
+        targets: (B, T) int64 word ids; -1 marks a token that does not count.
+        chunk_tokens: how many tokens have their logits in memory at a time.
+
+    Returns:
+        A scalar, float32 or wider.
+
+    Raises:
+        RuntimeError: it is differentiated twice.
+    """
+    return _fused(hidden, head, targets, chunk_tokens, sampled=False)
 
 
 def cross_entropy(
     hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk_tokens: int = CHUNK_TOKENS
 ) -> Tensor:
-    """Sum of the cross-entropy, in nats, of the target tokens.
+    """Sum of the cross-entropy, in nats, of the target tokens; differentiable any number of times.
 
     Args:
         hidden: (B, T, C) last hidden states.
@@ -48,35 +92,19 @@ def sampled_cross_entropy(
 
     Returns:
         A scalar, float32 or wider. No gradient flows through the draw.
+
+    Raises:
+        RuntimeError: it is differentiated twice, and the head is a `Head`.
     """
+    if isinstance(head, Head):
+        return _fused(hidden, head, keys, chunk_tokens, sampled=True)
     return _sum_over_chunks(_sampled_cross_entropy, hidden, head, (keys.flatten(),), chunk_tokens)
 
 
-def token_keys(keys: Tensor, length: int) -> Tensor:
-    """Derive the keys (B, `length`) of the tokens of sequences from the sequences' keys (B,), all int64."""
-    return _mix64(_mix64(keys)[:, None] + torch.arange(length, device=keys.device))
-
-
-def sample_labels(logits: Tensor, keys: Tensor) -> Tensor:
-    """Draw a word for every token with the Gumbel-max trick.
-
-    The noise of a word is a hash of the token's key and the word's number, so that no generator has a state,
-    and a change of the logits by rounding changes a label only where two words nearly tie.
-
-    Args:
-        logits: (N, V).
-        keys: (N,) int64, one key a token.
-
-    Returns:
-        (N,) int64 word ids, distributed as softmax(logits).
-    """
-    words = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.int32)
-    low = ((keys << 32) >> 32).to(torch.int32)[:, None]
-    high = (keys >> 32).to(torch.int32)[:, None]
-    bits = _mix32(_mix32(words ^ low) ^ high) & 0x7FFFFFFF
-    uniform = (bits.float() + 0.5) * 2.0**-31  # fine-grained near 0, where the likely winners are
-    exponential = -torch.log1p(-uniform)
-    return (logits - exponential.log()).argmax(dim=-1)
+def _fused(hidden: Tensor, head: Head, marks: Tensor, chunk_tokens: int, sampled: bool) -> Tensor:
+    return linear_cross_entropy(
+        hidden.flatten(0, 1), head.weight, marks.flatten(), head.words, chunk_tokens, sampled
+    )
 
 
 def _cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
@@ -110,17 +138,3 @@ def _sum_over_chunks(
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _mix32(x: Tensor) -> Tensor:
-    """Hash int32 to int32, a bijection (C. Wellons' lowbias32); shifts are masked to be logical."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975  # 0x846CA68B as a signed number
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """Hash int64 to int64, a bijection (the finalizer of splitmix64); shifts are masked to be logical."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as a signed number
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB as a signed number
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)

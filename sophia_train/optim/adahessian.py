@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sophia_train.optim.hessian_average import largest_magnitude, move_average, owned
+from sophia_train.optim.hessian_average import all_finite, move_averages, owned
 
 
 class AdaHessian(Optimizer):
@@ -97,12 +97,15 @@ class AdaHessian(Optimizer):
         Nothing is read back from the device. Arguments, result and errors are those of `Sophia`.
         """
         used = owned(self, estimates)
-        finite = largest_magnitude(estimates).square().isfinite()
-        for p, group in used:
-            state, weight = self._state_of(p), 1 - group["betas"][1]
-            average = state["hessian_sq"]
-            move_average(average, estimates[p].to(average.dtype).square(), weight, finite)
-            move_average(state["hessian_sq_weight"], 1.0, weight, finite)
+        squares = {p: estimate.square() for p, estimate in estimates.items()}
+        finite = all_finite(list(squares.values()))
+        for group, params in used:
+            states, weight = [self._state_of(p) for p in params], 1 - group["betas"][1]
+            averages = [state["hessian_sq"] for state in states]
+            new = [squares[p].to(average.dtype) for p, average in zip(params, averages, strict=True)]
+            move_averages(averages, new, weight, finite)
+            weights = [state["hessian_sq_weight"] for state in states]
+            move_averages(weights, [finite.to(weights[0].dtype)] * len(weights), weight, finite)
         return finite
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:

@@ -1,31 +1,41 @@
 """What optimizers that average estimates of the Hessian's diagonal have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from sophia_train.optim.kernels import fusable, triton_kernels
 
-def owned(optimizer: Optimizer, estimates: Mapping[Tensor, Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
-    """List the optimizer's parameters that have an estimate, each with its group.
+
+def owned(
+    optimizer: Optimizer, estimates: Mapping[Tensor, Tensor]
+) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """List the optimizer's groups that have estimates, each with those of its parameters that do.
 
     Raises:
         ValueError: there are none.
     """
-    used = [(p, group) for group in optimizer.param_groups for p in group["params"] if p in estimates]
+    groups = [(group, [p for p in group["params"] if p in estimates]) for group in optimizer.param_groups]
+    used = [(group, params) for group, params in groups if params]
     if not used:
         raise ValueError("none of the estimates is for a parameter of this optimizer")
     return used
 
 
-def largest_magnitude(estimates: Mapping[Tensor, Tensor]) -> Tensor:
-    """Largest absolute value of all estimates, a scalar on the device; NaN if one of them has a NaN."""
-    norms = torch._foreach_norm(list(estimates.values()), float("inf"))
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).max()
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether no tensor has a NaN or an infinity, a boolean scalar on the device."""
+    if fusable(tensors):
+        return triton_kernels().all_finite(tensors)
+    norms = torch._foreach_norm(list(tensors), float("inf"))
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
 
 
-def move_average(average: Tensor, estimate: Tensor | float, weight: float, use: Tensor) -> None:
-    """Move an average by `weight` towards an estimate if `use`, a boolean on the device, says so."""
-    average.lerp_(torch.where(use, estimate, average), weight)
+def move_averages(
+    averages: Sequence[Tensor], estimates: Sequence[Tensor], weight: float, use: Tensor
+) -> None:
+    """Move averages by `weight` towards estimates if `use`, a boolean on the device, says so."""
+    for average, estimate in zip(averages, estimates, strict=True):
+        average.lerp_(torch.where(use, estimate, average), weight)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from sophia_train.optim.hessian_average import largest_magnitude, move_average, owned
+from sophia_train.optim.hessian_average import all_finite, move_averages, owned
+from sophia_train.optim.kernels import fusable, triton_kernels
 
 
 class Sophia(Optimizer):
@@ -41,8 +42,10 @@ class Sophia(Optimizer):
         clip_threshold: bound of the preconditioned momentum; None leaves it unbounded.
         weight_decay: decoupled, multiplied by lr.
         maximize: ascend instead of descend.
-        foreach: use multi-tensor kernels; None uses them where all parameters are on CUDA. Both give the same
-            bits on one device.
+        foreach: use torch's multi-tensor kernels, which give the bits of the loop over parameters; None uses
+            them where all parameters are on CUDA, and `fused` cannot be.
+        fused: use kernels of one pass over memory, equal to the loop up to rounding; None uses them where all
+            tensors are on CUDA, float32 and contiguous, unless `foreach` is set.
 
     Raises:
         ValueError: an argument is out of range.
@@ -62,6 +65,7 @@ class Sophia(Optimizer):
         bias_correction: str = "none",
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("gamma", gamma), ("weight_decay", weight_decay)):
             if not value >= 0:
@@ -77,6 +81,8 @@ class Sophia(Optimizer):
             raise ValueError(f"eps_mode={eps_mode} must be max or add")
         if bias_correction not in ("none", "momentum", "both"):
             raise ValueError(f"bias_correction={bias_correction} must be none, momentum or both")
+        if foreach and fused:
+            raise ValueError("foreach and fused cannot both be true")
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -88,6 +94,7 @@ class Sophia(Optimizer):
             "bias_correction": bias_correction,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 
@@ -102,7 +109,7 @@ class Sophia(Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or `fused` cannot be had.
         """
         loss = None
         if closure is not None:
@@ -116,13 +123,14 @@ class Sophia(Optimizer):
                 raise RuntimeError("Sophia does not support sparse gradients")
             grads = [p.grad for p in params]
             states = [self._state_of(p, group) for p in params]
-            for state in states:
-                state["step"] += 1
-            foreach = group["foreach"]
-            if foreach is None:
-                foreach = all(p.is_cuda for p in params)
-            update = _multi_tensor_sophia if foreach else _single_tensor_sophia
-            update(params, grads, states, group)
+            torch._foreach_add_([state["step"] for state in states], 1)
+            averages = [[state[key] for state in states] for key in ("exp_avg", "hessian")]
+            if _fuses(group, params, grads, *averages):
+                triton_kernels().step(params, grads, states, group)
+            elif group["foreach"] or (group["foreach"] is None and all(p.is_cuda for p in params)):
+                _multi_tensor_sophia(params, grads, states, group)
+            else:
+                _single_tensor_sophia(params, grads, states, group)
         return loss
 
     @torch.no_grad()
@@ -143,12 +151,19 @@ class Sophia(Optimizer):
             ValueError: no estimate is for a parameter of this optimizer.
         """
         used = owned(self, estimates)
-        finite = largest_magnitude(estimates).isfinite()
-        for p, group in used:
-            state, weight = self._state_of(p, group), 1 - group["betas"][1]
-            move_average(state["hessian"], estimates[p].to(state["hessian"].dtype), weight, finite)
-            if "hessian_weight" in state:
-                move_average(state["hessian_weight"], 1.0, weight, finite)
+        finite = all_finite(list(estimates.values()))
+        for group, params in used:
+            states = [self._state_of(p, group) for p in params]
+            averages = [state["hessian"] for state in states]
+            new = [estimates[p].to(average.dtype) for p, average in zip(params, averages, strict=True)]
+            weight = 1 - group["betas"][1]
+            if _fuses(group, averages, new):
+                triton_kernels().move_averages(averages, new, weight, finite)
+            else:
+                move_averages(averages, new, weight, finite)
+            if group["bias_correction"] == "both":
+                weights = [state["hessian_weight"] for state in states]
+                move_averages(weights, [finite.to(weights[0].dtype)] * len(weights), weight, finite)
         return finite
 
     @torch.no_grad()
@@ -183,6 +198,23 @@ class Sophia(Optimizer):
             if group["bias_correction"] == "both":  # the weight that estimates have in h: 1 - b2^n
                 state["hessian_weight"] = torch.zeros((), dtype=p.dtype, device=p.device)
         return state
+
+
+def _fuses(group: Mapping[str, Any], *columns: list[Tensor]) -> bool:
+    """Whether the group's tensors, listed by what they are, go through the fused kernels.
+
+    Raises:
+        RuntimeError: they were asked for, and cannot.
+    """
+    if group["fused"] is False or (group["fused"] is None and group["foreach"] is not None):
+        return False
+    able = fusable(*columns)
+    if group["fused"] and not able:
+        raise RuntimeError(
+            "fused=True needs parameters, gradients and state on one CUDA device, float32 and contiguous; "
+            "leave fused out"
+        )
+    return able
 
 
 def _momentum(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from oracle import batch, flat, tiny
 
 from sophia_train.data.batches import Batch
 from sophia_train.hessian import GNB, HessianUpdater, Replica
-from sophia_train.models.losses import sample_labels, token_keys
+from sophia_train.models.labels import sample_labels, token_keys
 from sophia_train.optim import Sophia
 from sophia_train.seeds import derive
 

@@ -7,7 +7,8 @@ from oracle import batch, flat, hessian_diagonal, tiny
 from support import records
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sophia_train.hessian import Hutchinson, Replica
+from sophia_train import distributed
+from sophia_train.hessian import Hutchinson, Replica, hutchinson
 from sophia_train.optim import Sophia
 from sophia_train.seeds import derive
 
@@ -40,6 +41,23 @@ def test_is_the_probe_times_the_hessians_product_with_it(probe, micro_batch_size
         expected = product_by_double_backward(model, data, probes_of(estimator, model, seed))
         ours = flat(estimates[p] for p in model.parameters())
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_is_one_graph_for_the_compiler(prepared, monkeypatch):
+    """A break would leave the whole of it uncompiled, at four times the cost, and say nothing."""
+    model, data = tiny(), batch(4)
+    params = list(model.parameters())
+    whole = Replica(model, 4)
+    if prepared:  # by Accelerate, for mixed precision, and compiled, as the trainer does
+        accelerator = distributed.start("bf16", 1)
+        model.float().compile()
+        whole = Replica(accelerator.prepare_model(model), 4, autocast=accelerator.autocast)
+    plain = Hutchinson().estimate(whole, data, 0)
+    one_graph = hutchinson.compiled_product(backend="eager", fullgraph=True)
+    monkeypatch.setattr(hutchinson, "hessian_product", one_graph)
+    compiled = Hutchinson().estimate(whole, data, 0)
+    torch.testing.assert_close([compiled[p] for p in params], [plain[p] for p in params])
 
 
 def test_probes_are_what_they_are_called():

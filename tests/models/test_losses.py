@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sophia_train.models.losses import cross_entropy, sample_labels, sampled_cross_entropy, token_keys
+from sophia_train.models.labels import sample_labels, token_keys
+from sophia_train.models.losses import (
+    Head,
+    cross_entropy,
+    fused_cross_entropy,
+    sampled_cross_entropy,
+)
 
 
 @pytest.fixture
@@ -38,6 +44,72 @@ def test_chunked_equals_plain_to_the_second_derivative(case, chunk_tokens):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(products[1], products[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("words", [11, 9])  # all rows of the weight, or two that are padding
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 20, 21, 100])
+def test_fused_equals_plain_and_is_scaled_by_what_is_behind_it(case, chunk_tokens, words):
+    hidden, weight, targets = case
+    targets = targets.clamp(max=words - 1)
+    losses = [
+        plain(hidden, weight[:words], targets),
+        fused_cross_entropy(hidden, Head(weight, words), targets, chunk_tokens),
+    ]
+    gradients = [torch.autograd.grad(loss * 0.37, (hidden, weight)) for loss in losses]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
+    assert (gradients[1][1][words:] == 0).all()
+
+
+def test_fused_draws_the_labels_that_plain_draws(case):
+    hidden, weight, targets = case
+    keys = token_keys(torch.tensor([5, 2**62, 7]), hidden.shape[1]).where(targets >= 0, -1)
+    head = Head(weight, 9)
+    losses = [sampled_cross_entropy(hidden, lambda h: h @ weight[:9].T, keys)]
+    losses += [sampled_cross_entropy(hidden, head, keys, chunk) for chunk in (4, 100)]
+    whole, *fused = [torch.autograd.grad(loss, (hidden, weight)) for loss in losses]
+    for gradients in fused:
+        torch.testing.assert_close(gradients, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [fused_cross_entropy, sampled_cross_entropy])
+def test_fused_refuses_to_be_differentiated_twice(case, loss):
+    hidden, weight, targets = case  # a tied weight, too: it is in the hidden states and in the head
+    value = loss((hidden * weight.sum()).tanh(), Head(weight, 11), targets)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(value, weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(torch.func.grad(lambda w: loss(hidden, Head(w, 11), targets)), (weight,), (weight,))
+
+
+def test_fused_makes_no_gradient_that_nobody_asks_for(case):
+    hidden, weight, targets = case
+    with torch.no_grad():
+        loss = fused_cross_entropy(hidden, Head(weight, 11), targets, 4)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain(hidden, weight, targets))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_in_mixed_precision_is_as_exact_as_plain(compiled):
+    """Against float64: probabilities near 1 must not lose their distance from it to bfloat16."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((2, 64, 32), (70, 32)))
+    weight *= 3  # some predictions are all but certain
+    targets = (hidden @ weight[:67].T).argmax(-1)
+
+    def gradient(loss, *leaves):
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        return torch.cat([g.double().flatten() for g in torch.autograd.grad(loss(*leaves), leaves)])
+
+    exact = gradient(lambda h, w: plain(h, w[:67], targets), hidden.double(), weight.double())
+    errors = []
+    fused = torch.compile(fused_cross_entropy) if compiled else fused_cross_entropy
+    for loss in (cross_entropy, fused):
+        with torch.autocast("cpu", torch.bfloat16):
+            made = gradient(lambda h, w, loss=loss: loss(h, Head(w, 67), targets, 50), hidden, weight)
+        errors.append((made - exact).norm() / exact.norm())
+    assert errors[1] < 1.2 * errors[0] < 0.2
 
 
 def test_tokens_that_do_not_count_have_no_gradient(case):

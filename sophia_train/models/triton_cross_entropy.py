@@ -1,0 +1,105 @@
+"""The cross-entropy of logits and its gradient as one kernel: `fused_cross_entropy._plain` on a GPU.
+
+A program has one token. It goes along the row of its logits twice: for the sum of the exponentials and, where
+labels are sampled, the winning word; then to put the gradient in the place of each logit. By then the row is
+still in the cache, so that the device's memory is read once and written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # words at a time
+WARPS = 8
+
+
+def cross_entropy_(logits: Tensor, marks: Tensor, words: int, sampled: bool, with_gradient: bool) -> Tensor:
+    """Compute each token's loss, and put the gradient of their sum in the place of the logits.
+
+    Args:
+        logits: (n, padded V), rows contiguous.
+        marks: (n,) int64 word ids, or keys to draw them with as `labels.sample_labels`; -1 for none.
+        words: V; columns from there on are never predicted.
+        sampled: whether the marks are keys.
+        with_gradient: whether the gradient is wanted; otherwise the logits stay.
+
+    Returns:
+        (n,) float32, 0 for a token without a label.
+    """
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _kernel[(len(logits),)](
+        logits,
+        marks,
+        losses,
+        logits.stride(0),
+        WORDS=words,
+        COLUMNS=logits.shape[1],
+        SAMPLED=sampled,
+        WITH_GRADIENT=with_gradient,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return losses
+
+
+@triton.jit
+def _mix(x):  # type: ignore[no-untyped-def]
+    """`labels._mix32` on unsigned numbers."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _gumbel(words, low, high):  # type: ignore[no-untyped-def]
+    """The noise of each word, from the halves of a token's key."""
+    bits = _mix(_mix(words.to(tl.uint32) ^ low) ^ high) & 0x7FFFFFFF
+    uniform = (bits.to(tl.float32) + 0.5) * (2.0**-31)
+    rest = (
+        1.0 - uniform
+    )  # rounded; the quotient below makes up for it, so that small noise stays fine-grained
+    exponential = tl.where(rest == 1.0, uniform, tl.log(rest) * uniform / (rest - 1.0))  # -log1p(-uniform)
+    return -tl.log(exponential)
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    logits,
+    marks,
+    losses,
+    stride,
+    WORDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0)
+    row = logits + token.to(tl.int64) * stride
+    mark = tl.load(marks + token)
+    low, high = mark.to(tl.uint32), (mark >> 32).to(tl.uint32)
+    label = mark.to(tl.int32)
+    largest, total, winner = -float("inf"), 0.0, -float("inf")
+    for start in range(0, WORDS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = tl.load(row + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
+        before = largest
+        largest = tl.maximum(before, tl.max(logit))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(logit - largest))
+        if SAMPLED:
+            noisy = tl.where(column < WORDS, logit + _gumbel(column, low, high), -float("inf"))
+            best, place = tl.max(noisy, axis=0, return_indices=True)
+            label = tl.where((best > winner) | (start == 0), start + place, label)
+            winner = tl.maximum(best, winner)
+    log_sum = largest + tl.log(total)
+    of_label = 0.0
+    for start in range(0, COLUMNS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = tl.load(row + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
+        of_label += tl.sum(tl.where(column == label, logit, 0.0))
+        if WITH_GRADIENT:
+            gradient = tl.exp(logit - log_sum) - tl.where(column == label, 1.0, 0.0)
+            gradient = tl.where(mark != -1, gradient, 0.0)
+            tl.store(row + column, gradient.to(logits.dtype.element_ty), mask=column < COLUMNS)
+    tl.store(losses + token, tl.where(mark != -1, log_sum - of_label, 0.0))
