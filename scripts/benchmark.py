@@ -1,12 +1,17 @@
-"""Measure this project's speed beside a yardstick, in one process, taking turns.
+"""Measure this project's speed and memory beside a yardstick, taking turns.
 
-    python scripts/benchmark.py train [--model NAME] [--batch-size N] [--steps N] [--repeats N] ...
+    python scripts/benchmark.py train [--nanogpt CHECKOUT] [--model NAME] [--batch-size N] [--steps N] ...
+    python scripts/benchmark.py optimizer [--models NAME ...] [--official CHECKOUT] [--compile] ...
     python scripts/benchmark.py hessian [--runs "optimizer=sophia_g hessian.groups=8" ...] ...
+    python scripts/benchmark.py memory [--models NAME ...] [--runs "optimizer=adamw" ...] ...
     python scripts/benchmark.py loader [--data "data=token_files data.path=FOLDER"] [--model NAME] ...
     python scripts/benchmark.py data PATH [--workers N] [--repeats N]
 
-`train`: our training step with AdamW and with Sophia-G, next to transformers' GPT-2 in a plain PyTorch loop.
+`train`: our training step with AdamW and with Sophia-G, next to transformers' GPT-2 in a plain PyTorch loop,
+or next to nanoGPT.
+`optimizer`: a step of each optimizer alone, next to AdamW's and to what moving the memory takes.
 `hessian`: what each optimizer adds to AdamW's step and memory, the Hessian's passes included.
+`memory`: the peak of a GPU's memory for each model and run.
 `loader`: what reading tokens costs of a step, next to a batch that is there already.
 `data`: preparing text, next to nanoGPT's recipe and to the tokenizer alone.
 """
@@ -15,13 +20,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from rich.console import Console
 
 from sophia_train import durable
-from sophia_train.benchmarks import data, hessian, loader, train
+from sophia_train.benchmarks import data, hessian, loader, memory, optimizer, train
 from sophia_train.command_line import Parser, whole_number
 from sophia_train.errors import exit_code_of
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+JSON_HELP = "write the figures there, too"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,6 +46,10 @@ def _run(arguments: Sequence[str]) -> None:
         command = commands.add_parser(name, help=str(module.__doc__))
         command.set_defaults(benchmark=module)
         _add_options(command)
+        if module is train:
+            command.add_argument(
+                "--nanogpt", type=Path, metavar="CHECKOUT", help="of karpathy/nanoGPT (transformers instead)"
+            )
         if module is hessian:
             command.add_argument(
                 "--runs",
@@ -48,13 +62,9 @@ def _run(arguments: Sequence[str]) -> None:
             command.add_argument(
                 "--data", default="", metavar="OVERRIDES", help="whose tokens to read (random words)"
             )
-    command = commands.add_parser("data", help=str(data.__doc__))
-    command.set_defaults(benchmark=data)
-    command.add_argument("path", help="text as of data.path")
-    command.add_argument("--workers", type=whole_number, default=1, metavar="N", help="(%(default)s)")
-    command.add_argument("--repeats", type=whole_number, default=3, metavar="N", help="timed (%(default)s)")
-    command.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to write (the system's)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    _add_optimizer(commands)
+    _add_memory(commands)
+    _add_data(commands)
     options = parser.parse_args(arguments)
     report = options.benchmark.report(options)
     Console(highlight=False, width=80).print(options.benchmark.table(report))
@@ -72,7 +82,48 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     add("--repeats", type=whole_number, default=5, metavar="N", help="timed (%(default)s)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="(%(default)s)")
     add("--compile", action="store_true", help="compile the models")
-    add("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    add("--json", type=Path, metavar="FILE", help=JSON_HELP)
+
+
+def _add_optimizer(commands: Commands) -> None:
+    command = commands.add_parser("optimizer", help=str(optimizer.__doc__))
+    command.set_defaults(benchmark=optimizer)
+    add = command.add_argument
+    add("--models", nargs="+", default=optimizer.MODELS, metavar="NAME", help=_models(optimizer.MODELS))
+    add("--official", type=Path, metavar="CHECKOUT", help="of Liuhong99/Sophia, to be measured, too")
+    add("--repeats", type=whole_number, default=20, metavar="N", help="calls timed (%(default)s)")
+    add("--compile", action="store_true", help="a compiled rule, too, as always on a GPU")
+    add("--json", type=Path, metavar="FILE", help=JSON_HELP)
+
+
+def _models(default: Sequence[str]) -> str:
+    return f"of configs/model ({' '.join(default)})"
+
+
+def _add_memory(commands: Commands) -> None:
+    command = commands.add_parser("memory", help=str(memory.__doc__).partition("\n")[0])
+    command.set_defaults(benchmark=memory)
+    add = command.add_argument
+    add("--models", nargs="+", default=memory.MODELS, metavar="NAME", help=_models(memory.MODELS))
+    add("--runs", nargs="+", default=memory.RUNS, metavar="OVERRIDES", help="of a run (%(default)s)")
+    add(
+        "--micro-batch-size",
+        type=whole_number,
+        metavar="N",
+        help="sequences of a pass, of which a step has two (as in training with 480 a step)",
+    )
+    add("--json", type=Path, metavar="FILE", help=JSON_HELP)
+
+
+def _add_data(commands: Commands) -> None:
+    command = commands.add_parser("data", help=str(data.__doc__))
+    command.set_defaults(benchmark=data)
+    add = command.add_argument
+    add("path", help="text as of data.path")
+    add("--workers", type=whole_number, default=1, metavar="N", help="(%(default)s)")
+    add("--repeats", type=whole_number, default=3, metavar="N", help="timed (%(default)s)")
+    add("--scratch", type=Path, metavar="FOLDER", help="where to write (the system's)")
+    add("--json", type=Path, metavar="FILE", help=JSON_HELP)
 
 
 if __name__ == "__main__":

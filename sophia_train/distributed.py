@@ -23,7 +23,8 @@ def start(precision: str, processes: int | None) -> Accelerator:
     """Join the process group that the launcher describes, if any.
 
     Args:
-        precision: "bf16", "fp32", or "auto": bf16 on a GPU that has it, else fp32.
+        precision: "fp32", "bf16", "fp8" (bf16 but for some products), or "auto": bf16 on a GPU that has
+            it, else fp32.
         processes: the world size that the user counts on; None takes what comes.
 
     Raises:
@@ -34,7 +35,7 @@ def start(precision: str, processes: int | None) -> Accelerator:
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched:
         _end_with_parent()
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else "bf16")
     accelerator.wait_for_everyone()  # one that fails from here on finds no other still connecting to it
     _set_up_logger(accelerator.is_main_process)
     world_size = int(os.environ.get("WORLD_SIZE", 1))

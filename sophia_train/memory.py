@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from sophia_train.models.gpt2 import GPT2Config
+from sophia_train.models.gpt2 import GPT2
 from sophia_train.models.losses import CHUNK_TOKENS
 
 STATE_BYTES = 16  # a parameter in float32: weight, gradient, and two moments of the optimizer
 ACTIVATION_BYTES = 34  # a layer, token and channel in bf16, attention not materialised (Korthikanti, 2022)
+INPUT_BYTES = 4  # a layer, token and channel that a recomputed block starts from: float32 also in bf16
 LOGIT_BYTES = 10  # of one chunk: bf16 and float32 logits and the gradient
 
 
@@ -26,28 +25,30 @@ class MemoryEstimate:
         return self.states + self.activations + self.logits
 
 
-def estimate_memory(
-    model: nn.Module, config: GPT2Config, micro_batch_size: int, bf16: bool
-) -> MemoryEstimate:
-    """Estimate the peak of a training step; measured peaks are within about a quarter of it."""
+def estimate_memory(model: GPT2, micro_batch_size: int, bf16: bool) -> MemoryEstimate:
+    """Estimate the peak of a training step; measured peaks are within about a quarter of it.
+
+    Where blocks are recomputed, that is all of their inputs and the activations of one.
+    """
+    config = model.config
     tokens = micro_batch_size * config.block_size
     parameters = sum(p.numel() for p in model.parameters())
-    width = 1 if bf16 else 2
+    layer = (1 if bf16 else 2) * ACTIVATION_BYTES
+    layers = config.n_layer * layer
+    if model.transformer.recompute_blocks:
+        layers = config.n_layer * INPUT_BYTES + layer
     return MemoryEstimate(
         states=STATE_BYTES * parameters,
-        activations=width * ACTIVATION_BYTES * tokens * config.n_layer * config.n_embd,
+        activations=tokens * config.n_embd * layers,
         logits=LOGIT_BYTES * min(tokens, CHUNK_TOKENS) * config.padded_vocab_size,
     )
 
 
-def plan_micro_batch(
-    model: nn.Module, config: GPT2Config, sequences: int, bf16: bool, memory: int | None
-) -> int:
+def plan_micro_batch(model: GPT2, sequences: int, bf16: bool, memory: int | None) -> int:
     """Choose the sequences of one pass when the user leaves that open.
 
     Args:
-        model: its parameters are counted.
-        config: its shapes.
+        model: what is to be trained; `meta` will do.
         sequences: sequences of a step on one process; the result divides it.
         bf16: whether activations are bf16.
         memory: bytes of the device; None for a CPU, where small passes stay in its caches.
@@ -60,9 +61,29 @@ def plan_micro_batch(
         if sequences % size:
             continue
         if memory is None:
-            fits = size * config.block_size <= 8192
+            fits = size * model.config.block_size <= 8192
         else:
-            fits = estimate_memory(model, config, size, bf16).total <= 0.7 * memory
+            fits = estimate_memory(model, size, bf16).total <= 0.7 * memory
         if fits:
             return size
     return 1
+
+
+def shrink_micro_batch(
+    model: GPT2, sequences: int, bf16: bool, memory: int | None, too_large: int
+) -> int | None:
+    """Choose the sequences of one pass after `too_large` did not fit into the memory.
+
+    Args:
+        model: as of `plan_micro_batch`, and so are `sequences` and `bf16`.
+        sequences: of a step on one process; the result divides it.
+        bf16: whether activations are bf16.
+        memory: bytes that the process could have; None for a CPU.
+        too_large: sequences of the pass that failed.
+
+    Returns:
+        What would have been planned for that memory, but at most half of what failed; None if that was 1.
+    """
+    planned = plan_micro_batch(model, sequences, bf16, memory)
+    most = min(planned, too_large // 2)
+    return next((size for size in range(most, 0, -1) if sequences % size == 0), None)

@@ -42,14 +42,17 @@ class RunConfig(TrainerConfig):
 
     name: str
     run_dir: str
-    precision: Literal["auto", "bf16", "fp32"]
+    precision: Literal["auto", "bf16", "fp32", "fp8"]
     compile: Literal["auto", True, False]
+    compile_cache: str | None
+    activation_checkpointing: Literal["none", "blocks"]
     processes: int | None = field(metadata={"min": 1})
     sample_prompt: str
     sample_tokens: int = field(metadata={"min": 1})
     resume: str
     init_from: str | None
     dry_run: bool
+    profile: bool
 
     model: GPT2Config
     data: Settings
@@ -217,7 +220,7 @@ def _check_sharing(config: RunConfig) -> None:
 
 
 def _check_text(config: RunConfig) -> None:
-    for key in ("name", "run_dir", "resume", "init_from"):
+    for key in ("name", "run_dir", "resume", "init_from", "compile_cache"):
         value = getattr(config, key)
         if value is not None and not (value.strip() and value.isprintable()):
             raise ConfigError(f"{key}={show(value)} must be text on one line; use {key}=<a name>")

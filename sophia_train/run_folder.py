@@ -6,6 +6,7 @@ runs/<name>/
     status.json       exit code, reason and step of the last invocation
     metrics.jsonl     every metric, one record a line
     checkpoints/      see `checkpoint`
+    profile/          traces of a few steps, if `profile=true` asked for them
 """
 
 import json
@@ -27,7 +28,9 @@ from sophia_train.errors import ConfigError, DataError, MissingInputError, Outpu
 
 MAY_CHANGE = frozenset(
     {
+        "activation_checkpointing",
         "compile",
+        "compile_cache",
         "dry_run",
         "eval_interval",
         "init_from",
@@ -38,6 +41,7 @@ MAY_CHANGE = frozenset(
         "micro_batch_size",
         "name",
         "processes",
+        "profile",
         "resume",
         "run_dir",
         "sample_interval",
@@ -48,6 +52,7 @@ MAY_CHANGE = frozenset(
         "tracker",
         "data.folder",
         "data.path",
+        "hessian.micro_batch_size",
     }
 )
 """Settings that a run may be continued with other values of: they do not change what it computes."""

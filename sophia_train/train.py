@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Column, Table
 
-from sophia_train import checkpoint, distributed
+from sophia_train import checkpoint, compile_cache, distributed
 from sophia_train.compare.curves import plot_run
 from sophia_train.data.base import Data
 from sophia_train.data.batches import Batches, document_blocks, validation_blocks
@@ -22,10 +22,13 @@ from sophia_train.data.tokenizers import Tokenizer
 from sophia_train.errors import ConfigError, Interrupted, RunError, from_os_error
 from sophia_train.gradients import evaluation_mode
 from sophia_train.hessian.base import Estimator, HessianUpdater, Replica
+from sophia_train.hessian.hutchinson import Hutchinson
 from sophia_train.launch import launch
-from sophia_train.memory import estimate_memory, plan_micro_batch
+from sophia_train.memory import estimate_memory, plan_micro_batch, shrink_micro_batch
 from sophia_train.models import convert
+from sophia_train.models.float8 import use_float8
 from sophia_train.models.gpt2 import GPT2, GPT2Config
+from sophia_train.profiler import traced
 from sophia_train.run_config import RunConfig, build, build_optimizer, to_json, with_processes
 from sophia_train.run_folder import RunFolder, environment
 from sophia_train.throughput import Throughput
@@ -70,6 +73,8 @@ def _train(config: RunConfig, accelerator: Accelerator) -> None:
     if config.dry_run:
         _describe(config, data, accelerator)
         return
+    if config.compile_cache is not None:
+        compile_cache.keep_in(config.compile_cache)
     folder = RunFolder(Path(config.run_dir), to_json(config))
     with contextlib.ExitStack() as ownership:
 
@@ -91,10 +96,10 @@ def _train(config: RunConfig, accelerator: Accelerator) -> None:
             finished = folder.path if checkpoint.exists(folder.path) else config.resume
             logger.info("%s is finished; choose another name= to train anew", finished)
         else:
-            with _tracked(trainer, trackers, folder, config):
+            with _tracked(trainer, trackers, folder, config), _naming_what_fits(trainer, config, accelerator):
                 if accelerator.is_main_process:
                     folder.write_start(accelerator.device, accelerator.num_processes)
-                trainer.fit()
+                _fit(trainer, config, folder)
         if accelerator.is_main_process and checkpoint.exists(folder.path):  # else another run was finished
             folder.write_status(0, "finished", trainer.state.step)
             _conclude(trainer, splits, tokenizer, folder)
@@ -120,6 +125,11 @@ def build_trainer(
     """
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     model = _build_model(config, init_from, device)
+    estimator: Estimator = build(config.hessian)
+    if config.precision == "fp8":
+        if isinstance(estimator, Hutchinson):
+            raise ConfigError("precision=fp8 cannot be differentiated twice, as Hutchinson does; use bf16")
+        use_float8(model, device)
     micro_batch_size = _micro_batch_size(config, model, accelerator)
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
         model.compile()
@@ -145,7 +155,7 @@ def build_trainer(
         schedule=build(config.schedule),
         gamma=build(config.gamma),
         hessian=HessianUpdater(
-            build(config.hessian),
+            estimator,
             optimizer,
             replica,
             batch_size=config.batch_size,
@@ -183,9 +193,7 @@ def build_trainer(
 
 def _build_model(config: RunConfig, init_from: str | None, device: torch.device) -> GPT2:
     """Build the model on its device, with new weights or those of `init_from`."""
-    with torch.device("meta"):
-        model = GPT2(config.model)
-    model.to_empty(device=device)
+    model = _empty_model(config).to_empty(device=device)
     if init_from is None:
         model.initialize(config.seed)
         return model
@@ -197,6 +205,14 @@ def _build_model(config: RunConfig, init_from: str | None, device: torch.device)
         theirs, weights = convert.load_folder(source)
     _check_same_shape(theirs, config.model, init_from)
     checkpoint.load_parameters(model, weights, init_from)
+    return model
+
+
+def _empty_model(config: RunConfig) -> GPT2:
+    """Build the model without memory for its weights."""
+    with torch.device("meta"):
+        model = GPT2(config.model)
+    model.transformer.recompute_blocks = config.activation_checkpointing == "blocks"
     return model
 
 
@@ -215,8 +231,7 @@ def _micro_batch_size(config: RunConfig, model: GPT2, accelerator: Accelerator) 
     device = accelerator.device
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
     sequences = config.batch_size // accelerator.num_processes
-    bf16 = accelerator.mixed_precision == "bf16"
-    return plan_micro_batch(model, config.model, sequences, bf16, memory)
+    return plan_micro_batch(model, sequences, accelerator.mixed_precision == "bf16", memory)
 
 
 def _trackers(config: RunConfig, is_main_process: bool) -> Tracker:
@@ -230,6 +245,53 @@ def _sample(model: GPT2, tokenizer: Tokenizer, config: RunConfig, device: torch.
     with evaluation_mode(model):
         ids = model.generate(prompt, config.sample_tokens, seed=config.seed, words=tokenizer.vocab_size)
     return tokenizer.decode(ids[0].tolist())
+
+
+def _fit(trainer: Trainer, config: RunConfig, folder: RunFolder) -> None:
+    if config.profile and trainer.replica.rank == 0:
+        with traced(folder.path / "profile", trainer.state.step, trainer.hessian.interval) as between_steps:
+            trainer.fit(between_steps)
+    else:
+        trainer.fit()
+
+
+@contextlib.contextmanager
+def _naming_what_fits(trainer: Trainer, config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Say which settings would do, if the memory of the device does not.
+
+    Raises:
+        ConfigError: the body was out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = _what_fits(trainer, config, accelerator)
+        if not accelerator.is_main_process:  # whose error is written by nobody else
+            logger.error("process %d: %s", accelerator.process_index, reason)
+        raise ConfigError(reason) from error
+
+
+def _what_fits(trainer: Trainer, config: RunConfig, accelerator: Accelerator) -> str:
+    model, replica, device, memory = trainer.unwrapped, trainer.replica, accelerator.device, None
+    if device.type == "cuda":  # others may use it, too
+        memory = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    sequences, bf16 = config.batch_size // replica.world_size, accelerator.mixed_precision == "bf16"
+    overrides = []
+    if size := shrink_micro_batch(model, sequences, bf16, memory, replica.micro_batch_size):
+        overrides.append(f"micro_batch_size={size}")
+    estimator = trainer.hessian.estimator
+    if isinstance(estimator, Hutchinson) and estimator.due(trainer.state.step):
+        if estimator.micro_batch_size > 1:  # it may have been its pass
+            overrides.append(f"hessian.micro_batch_size={estimator.micro_batch_size // 2}")
+    if not overrides and not model.transformer.recompute_blocks:
+        overrides.append("activation_checkpointing=blocks")
+    fix = f"use {' '.join(overrides)}, and the batch stays as it is"
+    if not overrides:
+        fix = "choose a smaller model= or model.block_size="
+    return (
+        f"micro_batch_size={replica.micro_batch_size} is too much for the memory of {device} "
+        f"after {trainer.state.step} steps; {fix}"
+    )
 
 
 @contextlib.contextmanager
@@ -273,13 +335,12 @@ def _conclude(trainer: Trainer, splits: Splits, tokenizer: Tokenizer, folder: Ru
 
 def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
     """Print what a run would be (`dry_run=true`)."""
-    with torch.device("meta"):
-        model = GPT2(config.model)
+    model = _empty_model(config)
     build_optimizer(config.optimizer, model)
     estimator: Estimator = build(config.hessian)
     hessian = estimator.passes * estimator.size(config.batch_size) / estimator.interval / config.batch_size
     size = _micro_batch_size(config, model, accelerator)
-    memory = estimate_memory(model, config.model, size, accelerator.mixed_precision == "bf16")
+    memory = estimate_memory(model, size, accelerator.mixed_precision == "bf16")
     steps = config.total_steps(config.model.block_size)
     tokens = config.batch_size * config.model.block_size
     passes = config.batch_size // (accelerator.num_processes * size)
@@ -294,7 +355,9 @@ def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
         "FLOPs": f"{steps * tokens * model.flops_per_token() * (1 + hessian):.3g}"
         + (f", of which {hessian / (1 + hessian):.1%} for the Hessian" if hessian else ""),
         "memory": f"about {memory.total / 1e9:.1f} GB a device: states {memory.states / 1e9:.1f}, "
-        f"activations {memory.activations / 1e9:.1f}, logits {memory.logits / 1e9:.1f}",
+        f"activations {memory.activations / 1e9:.1f}"
+        f"{' (blocks recomputed)' if model.transformer.recompute_blocks else ''}, "
+        f"logits {memory.logits / 1e9:.1f}",
     }
     if accelerator.is_main_process:
         _print(rows)

@@ -175,8 +175,11 @@ class Trainer:
         self._advance(batch, result)
         return result
 
-    def fit(self) -> None:
+    def fit(self, between_steps: Callable[[], None] = lambda: None) -> None:
         """Train until the run ends.
+
+        Args:
+            between_steps: called after each step but the last, and after what follows it.
 
         Raises:
             Interrupted: asked to stop before the end; the state is saved.
@@ -211,6 +214,7 @@ class Trainer:
                     raise Interrupted(self._why_stopped())
                 if last:
                     break
+                between_steps()
 
     def save(self) -> None:
         """Commit a checkpoint of the current state, verify it, and only then remove the oldest."""

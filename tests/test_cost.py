@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from sophia_train.memory import estimate_memory, plan_micro_batch
+from sophia_train.memory import estimate_memory, plan_micro_batch, shrink_micro_batch
 from sophia_train.models.gpt2 import GPT2, GPT2Config
 from sophia_train.throughput import Throughput, peak_flops
 
@@ -39,28 +39,59 @@ def test_the_peak_of_an_unknown_device_is_not_invented():
 def model():
     config = GPT2Config(n_layer=4, n_embd=256, n_head=4, block_size=512)
     with torch.device("meta"):
-        return GPT2(config), config
+        return GPT2(config)
 
 
 @pytest.mark.parametrize("sequences", [1, 7, 48, 480])
 @pytest.mark.parametrize("memory", [None, 10**9, 10**10, 10**12])
 def test_a_planned_micro_batch_divides_the_sequences_and_fits(model, sequences, memory):
-    size = plan_micro_batch(*model, sequences, bf16=True, memory=memory)
+    size = plan_micro_batch(model, sequences, bf16=True, memory=memory)
     assert sequences % size == 0 and size <= 64
     if memory is not None and size > 1:
-        assert estimate_memory(*model, size, bf16=True).total <= 0.7 * memory
+        assert estimate_memory(model, size, bf16=True).total <= 0.7 * memory
     if memory is None and size > 1:
         assert size * 512 <= 8192
 
 
 def test_more_memory_never_plans_less(model):
-    sizes = [plan_micro_batch(*model, 480, True, 10**9 * 2**n) for n in range(10)]
+    sizes = [plan_micro_batch(model, 480, True, 10**9 * 2**n) for n in range(10)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 60
 
 
 def test_the_estimate_counts_weights_gradients_and_two_moments(model):
-    parameters = sum(p.numel() for p in model[0].parameters())
-    small, large = (estimate_memory(*model, size, bf16=True) for size in (1, 2))
+    parameters = sum(p.numel() for p in model.parameters())
+    small, large = (estimate_memory(model, size, bf16=True) for size in (1, 2))
     assert small.states == 16 * parameters == large.states
     assert large.activations == 2 * small.activations
-    assert estimate_memory(*model, 1, bf16=False).activations == 2 * small.activations
+    assert estimate_memory(model, 1, bf16=False).activations == 2 * small.activations
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_recomputed_blocks_need_the_activations_of_one(model, bf16):
+    tokens, config = 4 * 512, model.config
+    whole = estimate_memory(model, 4, bf16)
+    model.transformer.recompute_blocks = True
+    less = estimate_memory(model, 4, bf16)
+    inputs = 4 * tokens * config.n_embd * config.n_layer  # in float32
+    assert less.activations == whole.activations // config.n_layer + inputs < whole.activations
+    assert (less.states, less.logits) == (whole.states, whole.logits)
+
+
+def test_recomputed_blocks_let_more_sequences_fit(model):
+    sizes = []
+    for recompute_blocks in (False, True):
+        model.transformer.recompute_blocks = recompute_blocks
+        sizes.append(plan_micro_batch(model, 480, True, 5 * 10**9))
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("memory", [None, 10**9, 10**10, 10**12])
+@pytest.mark.parametrize(("sequences", "too_large"), [(480, 480), (480, 60), (7, 7), (48, 3), (12, 2)])
+def test_after_a_failure_at_most_half_is_tried(model, sequences, too_large, memory):
+    size = shrink_micro_batch(model, sequences, True, memory, too_large)
+    assert sequences % size == 0 and size <= too_large / 2
+    assert size <= plan_micro_batch(model, sequences, True, memory)
+
+
+def test_nothing_is_smaller_than_one_sequence(model):
+    assert shrink_micro_batch(model, 480, True, 10**9, 1) is None

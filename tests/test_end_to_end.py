@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,29 @@ def test_dry_run_writes_nothing(tiny, tmp_path):
     for word in ("parameters", "tokens", "FLOPs", "steps", "memory", str(tmp_path / "run")):
         assert word in "".join(done.out.split()), word  # long paths go over several lines
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_estimates_what_recomputed_blocks_need(tiny, tmp_path):
+    overrides = [f"run_dir={tmp_path}/r", "model.n_layer=24", "batch_size=4000", "micro_batch_size=4000"]
+    needed = {}
+    for value in ("none", "blocks"):
+        done = tiny(tmp_path / "r", *overrides, f"activation_checkpointing={value}", "dry_run=true")
+        (words,) = re.findall(r"about ([\d.]+) GB", " ".join(done.out.split()))
+        needed[value] = float(words)
+        assert ("blocks recomputed" in " ".join(done.out.split())) is (value == "blocks")
+    assert needed["blocks"] < needed["none"] / 3
+
+
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h"])
+def test_recomputed_blocks_make_the_same_run_also_from_half_way(optimizer, tiny, tmp_path):
+    overrides = ["model.dropout=0.2", "model.n_layer=2", f"optimizer={optimizer}", "hessian.batch_size=2"]
+    blocks = "activation_checkpointing=blocks"
+    assert tiny(tmp_path / "none", *overrides).code == 0
+    assert tiny(tmp_path / "blocks", *overrides, blocks).code == 0
+    assert tiny(tmp_path / "both", *overrides, "stop_at_step=3").code == 75
+    assert tiny(tmp_path / "both", *overrides, blocks).code == 0
+    expected = result(tmp_path / "none")
+    assert result(tmp_path / "blocks") == expected and result(tmp_path / "both") == expected
 
 
 @pytest.mark.slow

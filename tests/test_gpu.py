@@ -1,5 +1,7 @@
 """What only a GPU can show: `pytest -m gpu`."""
 
+import dataclasses
+import gzip
 import json
 import warnings
 
@@ -214,6 +216,94 @@ def test_estimators_read_nothing_back(model, batch):
                 optimizer.update_hessian(estimator.estimate(Replica(model, 4), batch, 0))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_blocks_need_less_memory_and_give_the_same_gradient(compiled, batch):
+    peaks, gradients = [], []
+    for recompute_blocks in (False, True):
+        torch._dynamo.reset()
+        model = GPT2(CONFIG).cuda()
+        model.initialize(0)
+        model.transformer.recompute_blocks = recompute_blocks
+        if compiled:
+            model.compile()
+        for _ in range(2):  # the first pass compiles
+            model.zero_grad()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(batch.inputs, batch.targets, loss_fn=fused_cross_entropy)
+            loss.backward()
+            peak = torch.cuda.max_memory_allocated() - before
+        peaks.append(peak)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        del model, loss
+    assert peaks[1] < peaks[0]
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()  # bf16, sums in any order
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_blocks_replay_their_dropout(compiled, batch):
+    """Else the gradient is that of another function than the one whose values are compared here."""
+    model = GPT2(dataclasses.replace(CONFIG, dropout=0.3)).cuda()
+    model.initialize(0)
+    model.transformer.recompute_blocks = True
+    if compiled:
+        model.compile()
+
+    def loss():
+        torch.manual_seed(5)
+        return model(batch.inputs, batch.targets, loss_fn=fused_cross_entropy) / batch.targets.numel()
+
+    loss().backward()
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    values, distance = [], 0.02
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(p.grad, alpha=sign * distance / norm.item())
+        values.append(loss().item())
+    slope = (values[0] - values[1]) / (2 * distance)
+    assert slope == pytest.approx(norm.item(), rel=0.03)
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """The arguments of a short run on a few bytes."""
+    ids = (np.cumsum(np.random.default_rng(0).integers(1, 4, 60_000)) % 257).astype("<u2")
+    ids[:50_000].tofile(tmp_path / "train.bin")
+    ids[50_000:].tofile(tmp_path / "val.bin")
+    return (
+        f"data=token_files data.tokenizer=bytes data.path={tmp_path} model=gpt2_nano max_steps=14 "
+        f"batch_size=16 micro_batch_size=8 schedule.warmup_steps=5 tracker=jsonl run_dir={tmp_path / 'run'}"
+    ).split()
+
+
+def test_a_trace_has_the_kernels_of_the_gpu(small_run, tmp_path):
+    assert launch.run([*small_run, "optimizer=sophia_g", "profile=true"], train) == 0
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert {"kernel", "cpu_op"} <= {event.get("cat") for event in events}
+    assert "hessian" in {event.get("name") for event in events}
+
+
+def test_a_full_gpu_ends_a_run_with_what_fits(small_run, tmp_path, capfd):
+    torch.cuda.empty_cache()
+    free = 100 * 2**20 + torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(free / torch.cuda.mem_get_info()[1])
+    sizes = ["batch_size=128", "micro_batch_size=128", "model.block_size=256", "eval_tokens=256"]
+    try:
+        code = launch.run([*small_run, *sizes, "compile=false"], train)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert code == 64
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "micro_batch_size=128 is too much for the memory of cuda" in errors[0]
+    assert "use micro_batch_size=64," in errors[0]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 64
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sophia_g_short", "sophia_h", "sophia_robust"])

@@ -17,12 +17,14 @@ from typing import Any
 
 import matplotlib.font_manager  # noqa: F401  # and more that a run would import, each time for itself
 import PIL.PngImagePlugin  # noqa: F401
-import torch._dynamo  # noqa: F401
+import torch
+import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
 import sophia_train.trainer
 from sophia_train import durable, launch
 from sophia_train.data.loader import Loader
+from sophia_train.models.gpt2 import GPT2
 from sophia_train.train import train
 
 
@@ -82,6 +84,15 @@ def spoil_gradient(steps: list[int], value: str) -> None:
         at_step(step, spoil)
 
 
+def run_out_of_memory(step: int) -> None:
+    """Let every forward pass fail, as on a full device, once `step` steps are completed."""
+
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    at_step(step, lambda: setattr(GPT2, "forward", forward))
+
+
 def look_at(pid_file: str, state_file: str) -> None:
     """Note in which state another process is one second into the last of this one's writing."""
 
@@ -103,7 +114,15 @@ def hide_package(name: str) -> None:
 
 HOOKS = {
     function.__name__: function
-    for function in (send_signal, send_signal_inside_a_save, pause, spoil_gradient, look_at, hide_package)
+    for function in (
+        send_signal,
+        send_signal_inside_a_save,
+        pause,
+        spoil_gradient,
+        run_out_of_memory,
+        look_at,
+        hide_package,
+    )
 }
 
 

@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from sophia_train.benchmarks.turns import (
-    Contestant,
     conditions,
+    gigabytes,
+    of_trainer,
     provenance,
     run_of,
     settings_of,
@@ -34,7 +34,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     configs = {run: run_of(options, *run.split()) for run in [YARDSTICK, *options.runs]}
     accelerator = start(options.precision, 1)
     with trainers_of(configs, accelerator) as trainers:
-        contestants = [_contestant(run, trainer) for run, trainer in trainers.items()]
+        contestants = [of_trainer(run, trainer) for run, trainer in trainers.items()]
         yardstick = contestants[0]
         take_turns(contestants, trainers[YARDSTICK], options.steps, options.repeats)
     return {
@@ -47,7 +47,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
                 "step_ms": each.step_ms(options.steps),
                 "overhead": 1 / each.times_faster_than(yardstick) - 1,
                 "hessian_flops_share": _flops_share(trainers[each.name], options.steps),
-                "peak_gb": (each.peak_bytes + _standing_bytes(trainers[each.name])) / 1e9,
+                "peak_gb": each.peak_gb,
                 "seconds": each.seconds,
             }
             for each in contestants
@@ -63,9 +63,13 @@ def table(report: dict[str, Any]) -> Table:
         made.add_column(heading, justify="right")
     for row in report["results"]:
         name = row["name"].replace("optimizer=", "").replace("hessian=", "").replace("hessian.", "")
-        peak = f"{row['peak_gb']:.2f}" if report["environment"]["device"] != "cpu" else "-"
-        over = f"{row['overhead']:+.1%}"
-        made.add_row(name, f"{row['step_ms']:,.1f}", over, f"{row['hessian_flops_share']:.1%}", peak)
+        made.add_row(
+            name,
+            f"{row['step_ms']:,.1f}",
+            f"{row['overhead']:+.1%}",
+            f"{row['hessian_flops_share']:.1%}",
+            gigabytes(row["peak_gb"]),
+        )
     return made
 
 
@@ -83,18 +87,7 @@ def notes(report: dict[str, Any]) -> str:
     )
 
 
-def _contestant(run: str, trainer: Trainer) -> Contestant:
-    return Contestant(run, lambda batch: trainer.train_step(batch).loss)
-
-
 def _flops_share(trainer: Trainer, steps: int) -> float:
     """FLOPs of the Hessian's passes over all FLOPs, in a stretch of steps with as many refreshes as due."""
     hessian = sum(trainer.hessian.pass_sequences(step) for step in range(1, steps + 1))
     return hessian / (hessian + steps * trainer.config.batch_size)
-
-
-def _standing_bytes(trainer: Trainer) -> int:
-    """Bytes of parameters and optimizer state, which stand there between steps."""
-    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    tensors = [*trainer.model.parameters(), *(value for value in states if isinstance(value, torch.Tensor))]
-    return sum(tensor.nbytes for tensor in tensors)

@@ -43,8 +43,11 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         trainer = trainers[LOADER]
         steps, constant = itertools.count(), on_device(trainer, 0)
         contestants = [
-            Contestant(LOADER, lambda _: trainer.train_step(trainer.loader.batch(next(steps))).loss),
-            Contestant(CONSTANT, lambda _: trainer.train_step(constant).loss),
+            Contestant(name, step, trainer.unwrapped, trainer.optimizer)
+            for name, step in (
+                (LOADER, lambda _: trainer.train_step(trainer.loader.batch(next(steps))).loss),
+                (CONSTANT, lambda _: trainer.train_step(constant).loss),
+            )
         ]
         take_turns(contestants, trainer, options.steps, options.repeats)
         settings = settings_of(options, config, trainer)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from sophia_train.config import RunConfig, compose, run_config
 from sophia_train.data.base import Data
@@ -39,6 +40,8 @@ class Contestant:
 
     name: str
     step: Callable[[Batch], Tensor | float]  # one update of the parameters; returns the loss
+    model: nn.Module
+    optimizer: Optimizer
     seconds: list[float] = field(default_factory=list)  # of each repeat
     losses: list[float] = field(default_factory=list)  # of each step, the warm-up's too
     peak_bytes: int = 0  # allocated at a time on a GPU, beyond what stood there at the start of a repeat
@@ -50,6 +53,26 @@ class Contestant:
     def times_faster_than(self, other: "Contestant") -> float:
         """Median ratio of speeds, as of `times_faster`."""
         return times_faster(self.seconds, other.seconds)
+
+    @property
+    def peak_gb(self) -> float | None:
+        """Peak memory on a GPU if it were alone there: what stands between steps, and a step's; else None."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+        standing = [tensor.nbytes for tensor in tensors if tensor.is_cuda]
+        return (self.peak_bytes + sum(standing)) / 1e9 if standing else None
+
+
+def of_trainer(name: str, trainer: Trainer) -> Contestant:
+    """Return a trainer as a contestant: its step on the batches that all have."""
+    return Contestant(
+        name, lambda batch: trainer.train_step(batch).loss, trainer.unwrapped, trainer.optimizer
+    )
 
 
 def times_faster(seconds: Sequence[float], others: Sequence[float]) -> float:
@@ -127,6 +150,11 @@ def _check_refreshes(config: RunConfig, steps: int) -> None:
             f"--steps {steps}: the Hessian is refreshed every {interval} steps, and each "
             f"repeat must have as many refreshes; use a multiple of {interval}"
         )
+
+
+def gigabytes(figure: float | None) -> str:
+    """Write memory, or that it was not measured, as on a CPU."""
+    return "-" if figure is None else f"{figure:.2f}"
 
 
 def provenance(device: torch.device, **versions: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sophia_train.data.batches import Batch
 from sophia_train.gradients import count_targets, evaluation_mode, micro_batches
 from sophia_train.hessian.base import Estimates, Estimator, Replica
+from sophia_train.models.gpt2 import keeping_activations
 from sophia_train.models.losses import cross_entropy
 from sophia_train.seeds import derive
 
@@ -29,7 +30,8 @@ class Hutchinson(Estimator):
     H u is the derivative of the gradient along u (forward over reverse, Pearlmutter 1994): one pass that
     carries a tangent with every tensor, instead of a backward pass through a backward pass. No fast attention
     kernel can do either, so that attention is the plain formula here, and memory grows with the square of the
-    context. On a GPU that pass is compiled, by itself: a compiled model cannot be differentiated twice.
+    context. On a GPU that pass is compiled, by itself: a compiled model cannot be differentiated twice. It
+    keeps all activations, whatever `activation_checkpointing` says: a tangent cannot pass what is recomputed.
 
     Attributes:
         probe: "gaussian", the paper's, or "rademacher" (+1 and -1), whose variance is lower: it has no error
@@ -61,7 +63,12 @@ class Hutchinson(Estimator):
         product = compiled_product() if batch.inputs.is_cuda else hessian_product
         module = _Uncompiled(model)  # not made by what is compiled: its graph would break
         total: list[Tensor] = []
-        with evaluation_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with (
+            evaluation_mode(model),
+            keeping_activations(model),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             for part in micro_batches(batch.inputs, batch.targets, self.micro_batch_size):
                 with replica.autocast():
                     terms = list(product(module, weights, probes, part.inputs, part.targets).values())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 BLOCK = 4096  # words at a time
 WARPS = 8
+LOWEST = tl.constexpr(-1e30)  # below any logit
 
 
 def cross_entropy_(logits: Tensor, marks: Tensor, words: int, sampled: bool, with_gradient: bool) -> Tensor:
@@ -56,10 +57,9 @@ def _gumbel(words, low, high):  # type: ignore[no-untyped-def]
     """The noise of each word, from the halves of a token's key."""
     bits = _mix(_mix(words.to(tl.uint32) ^ low) ^ high) & 0x7FFFFFFF
     uniform = (bits.to(tl.float32) + 0.5) * (2.0**-31)
-    rest = (
-        1.0 - uniform
-    )  # rounded; the quotient below makes up for it, so that small noise stays fine-grained
-    exponential = tl.where(rest == 1.0, uniform, tl.log(rest) * uniform / (rest - 1.0))  # -log1p(-uniform)
+    # -log1p(-uniform): the quotient makes up for the rounding of `rest`, so that small noise is fine-grained
+    rest = 1.0 - uniform
+    exponential = tl.where(rest == 1.0, uniform, tl.log(rest) * uniform / (rest - 1.0))
     return -tl.log(exponential)
 
 
@@ -80,26 +80,30 @@ def _kernel(  # type: ignore[no-untyped-def]
     mark = tl.load(marks + token)
     low, high = mark.to(tl.uint32), (mark >> 32).to(tl.uint32)
     label = mark.to(tl.int32)
-    largest, total, winner = -float("inf"), 0.0, -float("inf")
+    # a lane each, so that the loop waits for no other; LOWEST is finite, so that its distance to itself is 0
+    largest, total = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    winner, word = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.int32)
     for start in range(0, WORDS, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        logit = tl.load(row + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
+        logit = tl.load(row + column, mask=column < WORDS, other=LOWEST).to(tl.float32)
         before = largest
-        largest = tl.maximum(before, tl.max(logit))
-        total = total * tl.exp(before - largest) + tl.sum(tl.exp(logit - largest))
+        largest = tl.maximum(before, logit)
+        total = total * tl.exp(before - largest) + tl.exp(logit - largest)
         if SAMPLED:
-            noisy = tl.where(column < WORDS, logit + _gumbel(column, low, high), -float("inf"))
-            best, place = tl.max(noisy, axis=0, return_indices=True)
-            label = tl.where((best > winner) | (start == 0), start + place, label)
-            winner = tl.maximum(best, winner)
-    log_sum = largest + tl.log(total)
-    of_label = 0.0
+            noisy = tl.where(column < WORDS, logit + _gumbel(column, low, high), LOWEST)
+            word = tl.where(noisy > winner, column, word)
+            winner = tl.maximum(noisy, winner)
+    highest = tl.max(largest)
+    log_sum = highest + tl.log(tl.sum(total * tl.exp(largest - highest)))
+    if SAMPLED:
+        label = tl.min(tl.where(winner == tl.max(winner), word, WORDS))
+    of_label = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, COLUMNS, BLOCK):
         column = start + tl.arange(0, BLOCK)
         logit = tl.load(row + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
-        of_label += tl.sum(tl.where(column == label, logit, 0.0))
+        of_label += tl.where(column == label, logit, 0.0)
         if WITH_GRADIENT:
             gradient = tl.exp(logit - log_sum) - tl.where(column == label, 1.0, 0.0)
             gradient = tl.where(mark != -1, gradient, 0.0)
             tl.store(row + column, gradient.to(logits.dtype.element_ty), mask=column < COLUMNS)
-    tl.store(losses + token, tl.where(mark != -1, log_sum - of_label, 0.0))
+    tl.store(losses + token, tl.where(mark != -1, log_sum - tl.sum(of_label), 0.0))

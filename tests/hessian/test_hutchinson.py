@@ -43,6 +43,18 @@ def test_is_the_probe_times_the_hessians_product_with_it(probe, micro_batch_size
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_blocks_that_are_recomputed_in_training_are_not_here():
+    model, data = tiny(n_layer=2), batch(4)
+    expected = Hutchinson().estimate(Replica(model, 4), data, 0)
+    model.transformer.recompute_blocks = True
+    found = Hutchinson().estimate(Replica(model, 4), data, 0)
+    assert all(torch.equal(found[p], expected[p]) for p in model.parameters())
+    assert model.transformer.recompute_blocks
+    with pytest.raises(IndexError):  # a word that there is not
+        Hutchinson().estimate(Replica(model, 4), data._replace(inputs=data.inputs + 1000), 0)
+    assert model.transformer.recompute_blocks
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 def test_is_one_graph_for_the_compiler(prepared, monkeypatch):
     """A break would leave the whole of it uncompiled, at four times the cost, and say nothing."""

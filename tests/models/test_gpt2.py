@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from sophia_train.models.gpt2 import GPT2, GPT2Config
+from sophia_train.models.labels import token_keys
+from sophia_train.models.losses import fused_cross_entropy, sampled_cross_entropy
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=37)
 
@@ -69,6 +71,52 @@ def test_dropout_is_off_in_evaluation():
     assert not torch.equal(model(idx), model(idx))
     model.eval()
     assert torch.equal(model(idx), model(idx))
+
+
+def kept_and_gradients(recompute_blocks, backend=None, training=True, dtype=torch.float32, autocast=False):
+    """Bytes that a forward pass keeps for the backward pass of training or GNB, and what both come to."""
+    torch._dynamo.reset()
+    model, idx = tiny(n_layer=3, dropout=0.3).to(dtype).train(training), words(3, 12)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10 if p.ndim > 1 else 1)  # away from the flat start
+    model.transformer.recompute_blocks = recompute_blocks
+    if backend is not None:
+        model.compile(backend=backend)
+    loss_fn, marks = fused_cross_entropy, idx.roll(-1, 1)
+    if not training:
+        loss_fn, marks = sampled_cross_entropy, token_keys(torch.arange(3), 12)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(idx, marks, loss_fn=loss_fn)
+    loss.backward()
+    return sum(kept), [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("training", [True, False])  # False: the pass of GNB
+@pytest.mark.parametrize("precision", [{"dtype": torch.float64}, {}, {"autocast": True}])
+def test_recomputed_blocks_keep_less_and_change_no_bit(precision, training):
+    before, expected = kept_and_gradients(False, training=training, **precision)
+    after, found = kept_and_gradients(True, training=training, **precision)
+    assert after < before / 2
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_recomputed_blocks_change_no_bit_of_a_compiled_model(backend):
+    before, expected = kept_and_gradients(False, backend)
+    after, found = kept_and_gradients(True, backend)
+    assert after < 0.7 * before  # weights, which both count, are a good part of it
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_generation_is_a_function_of_its_seed_and_stays_in_the_vocabulary():
