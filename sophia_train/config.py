@@ -155,7 +155,11 @@ def _checked_override(override: Override, folders: Sequence[Path]) -> str:
     several = group == "tracker" and isinstance(value, list)
     for choice in value if several and isinstance(value, list) else [value]:
         if not any((folder / group / f"{choice}.yaml").is_file() for folder in folders):
-            known = sorted(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))
+            known = sorted(
+                path.relative_to(folder / group).with_suffix("").as_posix()
+                for folder in folders
+                for path in (folder / group).rglob("[!_]*.yaml")  # with _ begin the parts of others
+            )
             raise ConfigError(f"{group}={show(choice)}: there is no such choice; {choices(choice, known)}")
     return line.lstrip("+")
 

@@ -61,6 +61,7 @@ LIBRARIES = {
     "requests": {"data/hub_client"},
     "rich": {"trackers/console", "data/progress", "data/report", "distributed"},
     "safetensors": {"checkpoint", "models/convert"},
+    "scipy": {"compare/statistics"},
     "tensorboard": {"trackers/tensorboard"},
     "tiktoken": {"benchmarks/data", "data/tokenizers"},
     "tokenizers": {"data/tokenizers"},
