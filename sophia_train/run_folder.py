@@ -25,37 +25,7 @@ from filelock import FileLock, Timeout
 import sophia_train
 from sophia_train import checkpoint, durable
 from sophia_train.errors import ConfigError, DataError, MissingInputError, OutputError
-
-MAY_CHANGE = frozenset(
-    {
-        "activation_checkpointing",
-        "compile",
-        "compile_cache",
-        "dry_run",
-        "eval_interval",
-        "init_from",
-        "keep_checkpoints",
-        "log_interval",
-        "max_seconds",
-        "max_skipped_steps",
-        "micro_batch_size",
-        "name",
-        "processes",
-        "profile",
-        "resume",
-        "run_dir",
-        "sample_interval",
-        "sample_prompt",
-        "sample_tokens",
-        "save_interval",
-        "stop_at_step",
-        "tracker",
-        "data.folder",
-        "data.path",
-        "hessian.micro_batch_size",
-    }
-)
-"""Settings that a run may be continued with other values of: they do not change what it computes."""
+from sophia_train.state import may_change
 
 
 class RunFolder:
@@ -155,7 +125,7 @@ class RunFolder:
     def _check_same(self, saved: Mapping[str, Any], where: Path) -> None:
         before, now = _leaves(saved), _leaves(self.config)
         for key in sorted(before.keys() | now.keys()):
-            if key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE:
+            if may_change(key):
                 continue
             if before.get(key) != now.get(key):
                 raise ConfigError(

@@ -2,6 +2,42 @@
 
 from dataclasses import dataclass
 
+MAY_CHANGE = frozenset(
+    {
+        "activation_checkpointing",
+        "compile",
+        "compile_cache",
+        "dry_run",
+        "eval_interval",
+        "init_from",
+        "keep_checkpoints",
+        "log_interval",
+        "max_seconds",
+        "max_skipped_steps",
+        "micro_batch_size",
+        "name",
+        "processes",
+        "profile",
+        "resume",
+        "run_dir",
+        "sample_interval",
+        "sample_prompt",
+        "sample_tokens",
+        "save_interval",
+        "stop_at_step",
+        "tracker",
+        "data.folder",
+        "data.path",
+        "hessian.micro_batch_size",
+    }
+)
+"""Settings that a run may be continued with other values of: they do not change what it computes."""
+
+
+def may_change(key: str) -> bool:
+    """Whether a setting, by its dotted key, or what it is in, is one of `MAY_CHANGE`."""
+    return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
+
 
 @dataclass
 class TrainState:

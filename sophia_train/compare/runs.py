@@ -10,25 +10,9 @@ from typing import Any
 
 from sophia_train import checkpoint
 from sophia_train.errors import ConfigError, DataError, MissingInputError
+from sophia_train.state import may_change
 from sophia_train.trackers.base import AXES
 from sophia_train.trackers.jsonl import FILE_NAME, read_metrics
-
-NAMES = frozenset(
-    {
-        "dry_run",
-        "keep_checkpoints",
-        "log_interval",
-        "max_seconds",
-        "max_skipped_steps",
-        "name",
-        "profile",
-        "resume",
-        "run_dir",
-        "save_interval",
-        "stop_at_step",
-    }
-)
-"""Settings of which nothing that is compared depends; a run that they ended early is known by its steps."""
 
 SPEED = frozenset({"activation_checkpointing", "compile", "compile_cache", "micro_batch_size", "processes"})
 """Settings of which only the seconds depend, up to rounding."""
@@ -183,11 +167,10 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def is_compared(key: str) -> bool:
     """Whether the validation loss may depend on a setting, the seed aside."""
-    return not (
-        key in NAMES | SPEED | {"seed", "data.path", "data.folder", "hessian.micro_batch_size"}
-        or key.startswith(("tracker.", "sample_"))
-        or key in ("max_steps", "max_tokens")  # they count as the length that follows from them
-    )
+    if key in ("eval_interval", "init_from"):  # a run may go on with others; another run may not be compared
+        return True
+    counted = ("max_steps", "max_tokens")  # as the length that follows from them
+    return not (may_change(key) or key == "seed" or key in counted)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

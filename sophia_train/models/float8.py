@@ -1,4 +1,4 @@
-"""Matrix products of the blocks in float8, by torchao: faster on cards that have it, from about 355M on."""
+"""Matrix products of the blocks in float8, by torchao."""
 
 import torch
 

@@ -57,9 +57,7 @@ def _operator(
         sampled: whether the marks are keys.
         with_gradient: whether the gradients are wanted.
     """
-    _, of_hidden, of_weight = _empty_results(
-        hidden, weight, marks, words, chunk_tokens, sampled, with_gradient
-    )
+    of_hidden, of_weight = _empty_gradients(hidden, weight, with_gradient)
     of_weight.zero_()
     weight = weight.to(hidden.dtype)
     losses = []
@@ -77,19 +75,17 @@ def _operator(
     return torch.cat(losses).sum(), of_hidden, of_weight
 
 
-@_operator.register_fake
-def _empty_results(
-    hidden: Tensor,
-    weight: Tensor,
-    marks: Tensor,
-    words: int,
-    chunk_tokens: int,
-    sampled: bool,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(hidden: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    like = (hidden, weight) if with_gradient else (hidden[:0], weight[:0])
-    return hidden.new_empty((), dtype=wide), torch.empty_like(like[0]), torch.empty_like(like[1], dtype=wide)
+    if not wanted:
+        hidden, weight = hidden[:0], weight[:0]
+    return torch.empty_like(hidden), torch.empty_like(weight, dtype=wide)
+
+
+@_operator.register_fake
+def _shapes(hidden: Tensor, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    of_hidden, of_weight = _empty_gradients(hidden, weight, settings[-1])
+    return of_weight.new_empty(()), of_hidden, of_weight
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -114,7 +114,7 @@ class Transformer(nn.Module):
 
     Attributes:
         recompute_blocks: keep only the input of each block, and run the block again in the backward pass,
-            with the same dropout: less memory for a third more time, and the same gradients.
+            with the same dropout: less memory for a third more FLOPs, and the same gradients.
     """
 
     def __init__(self, config: GPT2Config) -> None:

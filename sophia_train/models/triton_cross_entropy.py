@@ -1,8 +1,8 @@
 """The cross-entropy of logits and its gradient as one kernel: `fused_cross_entropy._plain` on a GPU.
 
 A program has one token. It goes along the row of its logits twice: for the sum of the exponentials and, where
-labels are sampled, the winning word; then to put the gradient in the place of each logit. By then the row is
-still in the cache, so that the device's memory is read once and written once.
+labels are sampled, the winning word; then to put the gradient in the place of each logit. A row is small
+enough to be in the cache still.
 """
 
 import torch

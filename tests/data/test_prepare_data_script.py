@@ -1,15 +1,14 @@
 """`scripts/prepare_data.py`: what it makes, what it prints, and its exit codes."""
 
 import hashlib
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from rich.cells import cell_len
+from support import load_script
 
 from sophia_train.data import sources, workers
 from sophia_train.data.manifest import Manifest
@@ -23,12 +22,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("prepare_data")
 
 
 @pytest.fixture

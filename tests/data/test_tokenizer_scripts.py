@@ -2,33 +2,21 @@
 
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from support import load_script
 
 from sophia_train.data.manifest import Manifest
 from sophia_train.data.tokenizers import GPT2_FILES, load_tokenizer
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train_tokenizer = script("train_tokenizer")
-prepare_tokenizer = script("prepare_tokenizer")
+train_tokenizer = load_script("train_tokenizer")
+prepare_tokenizer = load_script("prepare_tokenizer")
 
 
 @pytest.fixture
