@@ -244,6 +244,7 @@ def test_recomputed_blocks_need_less_memory_and_give_the_same_gradient(compiled,
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()  # bf16, sums in any order
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recomputed_blocks_replay_their_dropout(compiled, batch):
     """Else the gradient is that of another function than the one whose values are compared here."""
@@ -290,6 +291,7 @@ def test_a_trace_has_the_kernels_of_the_gpu(small_run, tmp_path):
     assert "hessian" in {event.get("name") for event in events}
 
 
+@pytest.mark.filterwarnings("ignore:the .type, exc, tb. signature of throw:DeprecationWarning")  # torch's own
 def test_a_full_gpu_ends_a_run_with_what_fits(small_run, tmp_path, capfd):
     torch.cuda.empty_cache()
     free = 100 * 2**20 + torch.cuda.memory_reserved()
