@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # words at a time
+LANES, REPEATS = 2048, 2  # words side by side, and how often before anything is summed up
 WARPS = 8
 LOWEST = tl.constexpr(-1e30)  # below any logit
 
@@ -38,7 +38,8 @@ def cross_entropy_(logits: Tensor, marks: Tensor, words: int, sampled: bool, wit
         COLUMNS=logits.shape[1],
         SAMPLED=sampled,
         WITH_GRADIENT=with_gradient,
-        BLOCK=BLOCK,
+        REPEATS=REPEATS,
+        LANES=LANES,
         num_warps=WARPS,
     )
     return losses
@@ -73,37 +74,43 @@ def _kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     SAMPLED: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    REPEATS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     token = tl.program_id(0)
     row = logits + token.to(tl.int64) * stride
     mark = tl.load(marks + token)
     low, high = mark.to(tl.uint32), (mark >> 32).to(tl.uint32)
     label = mark.to(tl.int32)
-    # a lane each, so that the loop waits for no other; LOWEST is finite, so that its distance to itself is 0
-    largest, total = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    winner, word = tl.full((BLOCK,), LOWEST, tl.float32), tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, WORDS, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    # Lanes of their own, so that the loop waits for no other. A lane takes REPEATS words at a time, and
+    # shrinks its sum once for all of them. LOWEST is finite, so that its distance to itself is 0.
+    largest, total = tl.full((LANES,), LOWEST, tl.float32), tl.zeros((LANES,), tl.float32)
+    winner, word = tl.full((LANES,), LOWEST, tl.float32), tl.zeros((LANES,), tl.int32)
+    offsets = tl.arange(0, REPEATS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for start in range(0, WORDS, REPEATS * LANES):
+        column = start + offsets
         logit = tl.load(row + column, mask=column < WORDS, other=LOWEST).to(tl.float32)
         before = largest
-        largest = tl.maximum(before, logit)
-        total = total * tl.exp(before - largest) + tl.exp(logit - largest)
+        largest = tl.maximum(before, tl.max(logit, axis=0))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(logit - largest[None, :]), axis=0)
         if SAMPLED:
             noisy = tl.where(column < WORDS, logit + _gumbel(column, low, high), LOWEST)
-            word = tl.where(noisy > winner, column, word)
-            winner = tl.maximum(noisy, winner)
+            best = tl.max(noisy, axis=0)
+            first = tl.min(tl.where(noisy == best[None, :], column, WORDS), axis=0)
+            word = tl.where(best > winner, first, word)
+            winner = tl.maximum(best, winner)
     highest = tl.max(largest)
     log_sum = highest + tl.log(tl.sum(total * tl.exp(largest - highest)))
     if SAMPLED:
         label = tl.min(tl.where(winner == tl.max(winner), word, WORDS))
-    of_label = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, COLUMNS, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        logit = tl.load(row + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
-        of_label += tl.where(column == label, logit, 0.0)
-        if WITH_GRADIENT:
+    label = tl.maximum(label, 0)  # of a token that has one
+    log_likelihood = tl.load(row + label).to(tl.float32) - log_sum
+    if WITH_GRADIENT:
+        tl.debug_barrier()  # the logit of the label has been read
+        for start in range(0, COLUMNS, REPEATS * LANES):
+            column = start + offsets
+            logit = tl.load(row + column, mask=column < WORDS, other=-float("inf")).to(tl.float32)
             gradient = tl.exp(logit - log_sum) - tl.where(column == label, 1.0, 0.0)
             gradient = tl.where(mark != -1, gradient, 0.0)
             tl.store(row + column, gradient.to(logits.dtype.element_ty), mask=column < COLUMNS)
-    tl.store(losses + token, tl.where(mark != -1, log_sum - tl.sum(of_label), 0.0))
+    tl.store(losses + token, tl.where(mark != -1, -log_likelihood, 0.0))

@@ -69,7 +69,8 @@ def test_is_one_graph_for_the_compiler(prepared, monkeypatch):
     one_graph = hutchinson.compiled_product(backend="eager", fullgraph=True)
     monkeypatch.setattr(hutchinson, "hessian_product", one_graph)
     compiled = Hutchinson().estimate(whole, data, 0)
-    torch.testing.assert_close([compiled[p] for p in params], [plain[p] for p in params])
+    found, expected = (flat(each[p] for p in params) for each in (compiled, plain))
+    assert (found - expected).norm() < (0.02 if prepared else 1e-6) * expected.norm()  # bf16, and its rounding
 
 
 def test_probes_are_what_they_are_called():
