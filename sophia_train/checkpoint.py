@@ -6,78 +6,149 @@
         optimizer.safetensors  tensors of the optimizer's state, named parameter/key
         manifest.json          step, run state, the rest of the optimizer's state, config, digests
 
-A checkpoint is written to a temporary folder, synced, and renamed: it is there whole, or not at all.
+Several processes write at the same time, each the rows of its part: model-00001-of-00004.safetensors. Any
+number of processes can load them. A checkpoint is written to a temporary folder, synced, and renamed: it is
+there whole, or not at all.
 """
 
+import errno
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from sophia_train import durable
+from sophia_train.checkpoint_files import Rows, SavedTensors, file_name, fingerprint
+from sophia_train.collectives import gather, rank, together, world_size
 from sophia_train.errors import ConfigError, DataError, MissingInputError
+from sophia_train.optim import shards
 from sophia_train.optim.evaluation_weights import evaluation_weights, has_evaluation_weights
 
 FORMAT_VERSION = 1
 _TENSOR, _ORDER = "__tensor__", "__order__"
 _FIX = "remove this checkpoint's folder to go on from an older one"
 
+Tensors = dict[str, Tensor]
+
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `step` and verify what the disk holds.
+    """Write a checkpoint and verify what the disk holds: a `Save`, begun and finished.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    return Save(folder, step, model, optimizer, extra).finish()
+
+
+class Save:
+    """A checkpoint on its way to the disk; all processes of a run begin it, and finish it, together.
 
     Args:
-        folder: the run's checkpoints folder.
+        folder: the run's checkpoints folder, the same for all processes.
         step: completed steps; names the checkpoint.
         model: the unwrapped model.
         optimizer: any torch optimizer over the model's parameters; its state may be nested.
         extra: JSON for the manifest: run state, config, versions.
-
-    Returns:
-        The checkpoint's folder.
+        in_background: copy everything, and write the copy while the training goes on.
 
     Raises:
-        OSError: writing failed, as on a full disk, or there is a checkpoint of this step; nothing is left of
-            the new one.
-        DataError: what was read back differs from what was written.
+        OSError: there is no room for it, or there is a checkpoint of this step.
+        TypeError: the optimizer's state holds what a checkpoint cannot.
     """
-    tensors: dict[str, Tensor] = {}
-    optimizer_state = _flatten(_state_by_name(model, optimizer), "", tensors)
-    training = {name: _on_cpu(p) for name, p in model.named_parameters()}
-    parts = {
-        "model.safetensors": training,
-        "optimizer.safetensors": {name: _on_cpu(tensor) for name, tensor in tensors.items()},
-    }
-    if has_evaluation_weights(optimizer):
-        parts["training.safetensors"] = {name: tensor.clone() for name, tensor in training.items()}
-        with evaluation_weights(optimizer):
-            parts["model.safetensors"] = {name: _on_cpu(p).clone() for name, p in model.named_parameters()}
-    path = folder / f"step_{step:08d}"
-    size = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
-    with durable.commit_folder(path, reserve=size) as temporary:
-        for name, part in parts.items():
-            durable.before("write", temporary / name)
-            save_file(part, temporary / name)
-        manifest = {
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        extra: Mapping[str, Any],
+        *,
+        in_background: bool = False,
+    ) -> None:
+        self.path = folder / f"step_{step:08d}"
+        self._files, optimizer_state = _snapshot(model, optimizer, copied=in_background)
+        self._manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
             **extra,
             "optimizer_class": _class_name(optimizer),
             "optimizer": optimizer_state,
-            "files": {name: _fingerprint(temporary / name) for name in parts},
         }
+        size = sum(gather(sum(tensor.nbytes for file in self._files.values() for tensor in file.values())))
+        begun = together(lambda: durable.begin_folder(self.path, size) if rank() == 0 else None)
+        assert begun[0] is not None
+        self._temporary = begun[0]
+        self._fingerprints: dict[str, Any] = {}
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._write, daemon=True) if in_background else None
+        if self._thread is None:
+            self._write()
+        else:
+            self._thread.start()
+
+    @property
+    def written(self) -> bool:
+        """Whether this process has written its part, or failed to."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self) -> Path:
+        """Wait for what is still being written, commit the checkpoint, and verify what the disk holds.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            OSError: writing failed on some process; nothing is left of the checkpoint.
+            DataError: what was read back differs from what was written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            fingerprints = dict(file for files in together(self._result) for file in files.items())
+            together(lambda: self._commit(fingerprints) if rank() == 0 else None)
+        except BaseException:
+            if rank() == 0:
+                durable.abandon_folder(self._temporary)
+            raise
+        _verify_together(self.path)
+        return self.path
+
+    def _write(self) -> None:
+        try:
+            for name, tensors in self._files.items():
+                path = self._temporary / name
+                durable.before("write", path)
+                save_file(tensors, path)
+                with path.open("rb") as file:
+                    durable.sync_file(file)
+                self._fingerprints[name] = fingerprint(path)
+        except SafetensorError as error:
+            self._error = OSError(errno.EIO, str(error), str(path))
+        except OSError as error:
+            self._error = error
+        self._files = {}
+
+    def _result(self) -> dict[str, Any]:
+        if self._error is not None:
+            raise self._error
+        return self._fingerprints
+
+    def _commit(self, fingerprints: Mapping[str, Any]) -> None:
+        manifest = {**self._manifest, "files": dict(sorted(fingerprints.items()))}
         manifest["sha256"] = _manifest_digest(manifest)
-        durable.write_json(temporary / "manifest.json", manifest)
-    verify(path)
-    return path
+        durable.write_json(self._temporary / "manifest.json", manifest)
+        durable.finish_folder(self._temporary, self.path)
 
 
 def latest(folder: Path) -> Path | None:
@@ -115,8 +186,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check a checkpoint against its digests.
+def verify(path: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Check a checkpoint, or one of `parts` shares of its files, against its digests.
 
     Returns:
         Its manifest.
@@ -126,9 +197,9 @@ def verify(path: Path) -> dict[str, Any]:
         DataError: a file or the manifest was altered.
     """
     manifest = read_manifest(path)
-    for name, expected in manifest["files"].items():
+    for name, expected in list(manifest["files"].items())[part::parts]:
         try:
-            found = _fingerprint(path / name)
+            found = fingerprint(path / name)
         except FileNotFoundError:
             raise MissingInputError(f"checkpoint file {path / name} is missing; {_FIX}") from None
         if found != expected:
@@ -139,7 +210,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Load a verified checkpoint into a model and an optimizer of the same shapes.
+    """Load a verified checkpoint into a model and an optimizer of the same shapes, sharded or not.
 
     Returns:
         The manifest.
@@ -148,15 +219,13 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
         ConfigError: the checkpoint is of another model or optimizer.
         DataError, MissingInputError: as `verify`.
     """
-    manifest = verify(path)
-    trained = "training" if "training.safetensors" in manifest["files"] else "model"
-    load_parameters(model, _load(path / f"{trained}.safetensors"), str(path))
-    tensors = _load(path / "optimizer.safetensors")
+    manifest = _verify_together(path)
+    trained = "training" if _has_kind(manifest, "training") else "model"
+    load_parameters(model, SavedTensors(path, trained), str(path))
     try:
         if manifest["optimizer_class"] != _class_name(optimizer):
             raise ValueError(f"it is of {manifest['optimizer_class']}")
-        by_name = _unflatten(manifest["optimizer"], tensors)
-        _load_state_by_name(model, optimizer, by_name)
+        _load_state_by_name(model, optimizer, manifest["optimizer"], SavedTensors(path, "optimizer"))
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"optimizer state in {path} does not fit {_class_name(optimizer)}: {error}"
@@ -165,8 +234,8 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
 
 
 @torch.no_grad()
-def load_parameters(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights by name into a model.
+def load_parameters(model: nn.Module, weights: Mapping[str, Rows], source: str) -> None:
+    """Copy weights by name into a model; into a sharded one the rows that this process keeps.
 
     Raises:
         ConfigError: names or shapes differ; the message names the first difference.
@@ -176,13 +245,13 @@ def load_parameters(model: nn.Module, weights: Mapping[str, Tensor], source: str
         if name not in weights or name not in parameters:
             where = "the model" if name in weights else source
             raise ConfigError(f"{source} holds another model: {name} is not in {where}; set model= to match")
-        if weights[name].shape != parameters[name].shape:
+        theirs, ours = list(weights[name].shape), list(parameters[name].shape)
+        if theirs != ours:
             raise ConfigError(
-                f"{source} holds another model: {name} is {list(weights[name].shape)} there and "
-                f"{list(parameters[name].shape)} here; set model= to match"
+                f"{source} holds another model: {name} is {theirs} there and {ours} here; set model= to match"
             )
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        shards.local(parameter).copy_(weights[name][shards.rows_of(parameter)])
 
 
 def exists(path: Path) -> bool:
@@ -212,7 +281,16 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     checkpoint = find(path)
     manifest = verify(checkpoint)
-    return _load(checkpoint / "model.safetensors"), manifest
+    return {name: saved[:] for name, saved in SavedTensors(checkpoint, "model").items()}, manifest
+
+
+def _verify_together(path: Path) -> dict[str, Any]:
+    """Verify a checkpoint, each process some of its files."""
+    return together(lambda: verify(path, rank(), world_size()))[rank()]
+
+
+def _has_kind(manifest: Mapping[str, Any], kind: str) -> bool:
+    return any(name.startswith(kind) for name in manifest["files"])
 
 
 def _class_name(optimizer: Optimizer) -> str:
@@ -227,25 +305,41 @@ def _all(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+def _snapshot(model: nn.Module, optimizer: Optimizer, copied: bool) -> tuple[dict[str, Tensors], Any]:
+    """Gather this process's part of what is to be saved, by file, and the rest of the optimizer's state."""
+    parameters = dict(model.named_parameters())
+    of_optimizer: Tensors = {}
+    optimizer_state = _flatten(_state_by_name(model, optimizer), "", of_optimizer)
+    part, parts = rank(), world_size()
+    if shards.is_sharded(parameters.values()):
+        part, parts = shards.place_of(parameters.values())
+        if not shards.in_first_copy(parameters.values()):
+            return {}, optimizer_state
+
+    def own(tensors: Mapping[str, Tensor], copied: bool) -> Tensors:
+        rows = {name: _own_rows(tensor, part, parts) for name, tensor in tensors.items()}
+        kept = {name: tensor for name, tensor in rows.items() if part == 0 or tensor.numel()}
+        return {name: tensor.detach().to("cpu", copy=copied).contiguous() for name, tensor in kept.items()}
+
+    kinds = {"model": own(parameters, copied), "optimizer": own(of_optimizer, copied)}
+    if has_evaluation_weights(optimizer):
+        kinds["training"] = own(parameters, copied=True)
+        with evaluation_weights(optimizer):
+            kinds["model"] = own(parameters, copied=True)
+    return {file_name(kind, part, parts): tensors for kind, tensors in kinds.items()}, optimizer_state
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+def _own_rows(tensor: Tensor, part: int, parts: int) -> Tensor:
+    """The rows of a tensor that a process writes; it is sharded that way, or the same on all processes."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    if tensor.ndim == 0:
+        return tensor if part == 0 else tensor.new_empty(0)
+    return tensor[shards.chunk(len(tensor), part, parts)]
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise DataError(f"{path} is not a safetensors file: {error}") from None
 
 
 def _state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -258,18 +352,25 @@ def _state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"state": states, "param_groups": groups}
 
 
-def _load_state_by_name(model: nn.Module, optimizer: Optimizer, by_name: dict[str, Any]) -> None:
+def _load_state_by_name(
+    model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any], tensors: SavedTensors
+) -> None:
     """Take up a saved state; parameters without one, as those without a gradient so far, have none then."""
     current = _state_by_name(model, optimizer)["param_groups"]
     numbers = {name: n for n, name in enumerate(name for group in current for name in group["params"])}
-    if [g["params"] for g in by_name["param_groups"]] != [g["params"] for g in current]:
+    if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in current]:
         raise ValueError("its parameter groups differ")
-    groups = [{**g, "params": [numbers[name] for name in g["params"]]} for g in by_name["param_groups"]]
-    state = {numbers[name]: s for name, s in by_name["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for name, parameter in model.named_parameters():
-        if name in by_name["state"]:  # torch has cast it all to the type of the parameter
-            optimizer.state[parameter] = _as_saved(by_name["state"][name], optimizer.state[parameter])
+    parameters = dict(model.named_parameters())
+    states = {name: _unflatten(state, tensors, parameters[name]) for name, state in saved["state"].items()}
+    groups = [
+        {**_unflatten(g, tensors), "params": [numbers[name] for name in g["params"]]}
+        for g in saved["param_groups"]
+    ]
+    numbered = {numbers[name]: state for name, state in states.items()}
+    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+    for name, state in states.items():  # torch has cast it all to the type of the parameter
+        parameter = parameters[name]
+        optimizer.state[parameter] = _as_saved(state, optimizer.state[parameter])
 
 
 def _as_saved(saved: Any, loaded: Any) -> Any:
@@ -300,13 +401,17 @@ def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"optimizer state {prefix} is a {type(tree).__name__}, which a checkpoint cannot hold")
 
 
-def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unflatten(tree: Any, tensors: SavedTensors, parameter: Tensor | None = None) -> Any:
+    """Undo `_flatten`; what is shaped as a sharded parameter is sharded like it."""
     if isinstance(tree, dict):
         if _TENSOR in tree:
-            return _laid_out(tensors[tree[_TENSOR]], tree.get(_ORDER))
-        return {key: _unflatten(value, tensors) for key, value in tree.items()}
+            saved = tensors[tree[_TENSOR]]
+            if isinstance(parameter, DTensor) and saved.shape == parameter.shape:
+                return shards.sharded_like(parameter, saved[shards.rows_of(parameter)])
+            return _laid_out(saved[:], tree.get(_ORDER))
+        return {key: _unflatten(value, tensors, parameter) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_unflatten(value, tensors) for value in tree]
+        return [_unflatten(value, tensors, parameter) for value in tree]
     return tree
 
 

@@ -12,20 +12,22 @@ from typing import TextIO
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
+from sophia_train.collectives import sum_over_processes
 from sophia_train.errors import ConfigError
 
 logger = logging.getLogger("sophia_train")
 
 
-def start(precision: str, processes: int | None) -> Accelerator:
+def start(precision: str, processes: int | None, gradient_type: torch.dtype = torch.float32) -> Accelerator:
     """Join the process group that the launcher describes, if any.
 
     Args:
         precision: "fp32", "bf16", "fp8" (bf16 but for some products), or "auto": bf16 on a GPU that has
             it, else fp32.
         processes: the world size that the user counts on; None takes what comes.
+        gradient_type: in which DDP sends gradients and sums them up.
 
     Raises:
         ConfigError: the group is not what was asked for: Accelerate can silently run n jobs of one process.
@@ -35,7 +37,13 @@ def start(precision: str, processes: int | None) -> Accelerator:
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched:
         _end_with_parent()
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else "bf16")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise ConfigError(
+            "ACCELERATE_USE_FSDP=true: leave FSDP out of Accelerate's settings, use parallel=fsdp"
+        )
+    hook = DDPCommunicationHookType.BF16 if gradient_type is torch.bfloat16 else DDPCommunicationHookType.NO
+    ddp = DistributedDataParallelKwargs(comm_hook=hook)
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else "bf16", kwargs_handlers=[ddp])
     accelerator.wait_for_everyone()  # one that fails from here on finds no other still connecting to it
     _set_up_logger(accelerator.is_main_process)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -50,13 +58,6 @@ def start(precision: str, processes: int | None) -> Accelerator:
             f"launch with `torchrun --nproc-per-node {processes} -m sophia_train ...`"
         )
     return accelerator
-
-
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Sum each tensor over all processes, in place."""
-    if torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
 
 
 class StopSignal:

@@ -46,32 +46,55 @@ def write_json(path: Path, content: Any) -> None:
 def commit_folder(path: Path, reserve: int = 0) -> Iterator[Path]:
     """Yield a temporary folder; when the body ends, its files are synced and it becomes `path`.
 
+    Args and errors are those of `begin_folder`; nothing is left of the temporary folder after an error.
+    """
+    temporary = begin_folder(path, reserve)
+    try:
+        yield temporary
+        finish_folder(temporary, path)
+    except BaseException:
+        abandon_folder(temporary)
+        raise
+
+
+def begin_folder(path: Path, reserve: int = 0) -> Path:
+    """Make a temporary folder that is to become `path`.
+
     Args:
         path: a folder that does not exist yet, on a file system that renames atomically.
-        reserve: bytes that the body is going to write: checked against the free space first.
+        reserve: bytes that are going to be written: checked against the free space first.
 
     Raises:
         FileExistsError: `path` exists.
-        OSError: writing failed; nothing is left of the temporary folder.
+        OSError: the temporary folder could not be made; nothing is left of it.
     """
     if path.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    abandon_folder(temporary)
     before("mkdir", temporary)
     temporary.mkdir(parents=True)
     try:
         _check_space(temporary, reserve)
-        yield temporary
-        for file_path in sorted(temporary.rglob("*")):
-            if file_path.is_file():
-                with file_path.open("rb") as file:
-                    sync_file(file)
-        _sync_folder(temporary)
-        rename(temporary, path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        abandon_folder(temporary)
         raise
+    return temporary
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Sync all files of a temporary folder, and let it become `path`."""
+    for file_path in sorted(temporary.rglob("*")):
+        if file_path.is_file():
+            with file_path.open("rb") as file:
+                sync_file(file)
+    _sync_folder(temporary)
+    rename(temporary, path)
+
+
+def abandon_folder(temporary: Path) -> None:
+    """Remove a temporary folder."""
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:

@@ -7,8 +7,9 @@ from sophia_train.models.losses import CHUNK_TOKENS
 
 STATE_BYTES = 16  # a parameter in float32: weight, gradient, and two moments of the optimizer
 ACTIVATION_BYTES = 34  # a layer, token and channel in bf16, attention not materialised (Korthikanti, 2022)
-INPUT_BYTES = 4  # a layer, token and channel that a recomputed block starts from: float32 also in bf16
-LOGIT_BYTES = 10  # of one chunk: bf16 and float32 logits and the gradient
+INPUT_BYTES = 2  # a layer, token and channel in bf16 that a recomputed block starts from
+LOGIT_BYTES = 4  # of one chunk: at most float32, and the gradient takes their place
+GRADIENT_BYTES = 4  # a parameter of a whole gradient, which is added up before its parts go where they belong
 
 
 @dataclass(frozen=True)
@@ -25,26 +26,31 @@ class MemoryEstimate:
         return self.states + self.activations + self.logits
 
 
-def estimate_memory(model: GPT2, micro_batch_size: int, bf16: bool) -> MemoryEstimate:
+def estimate_memory(model: GPT2, micro_batch_size: int, bf16: bool, shards: int = 1) -> MemoryEstimate:
     """Estimate the peak of a training step; measured peaks are within about a quarter of it.
 
     Where blocks are recomputed, that is all of their inputs and the activations of one.
+
+    Args:
+        model: what is to be trained; `meta` will do.
+        micro_batch_size: sequences of one pass.
+        bf16: whether activations are bf16.
+        shards: processes that share parameters, gradients and the optimizer's state.
     """
     config = model.config
     tokens = micro_batch_size * config.block_size
     parameters = sum(p.numel() for p in model.parameters())
-    layer = (1 if bf16 else 2) * ACTIVATION_BYTES
-    layers = config.n_layer * layer
+    layer, layers = ACTIVATION_BYTES, config.n_layer * ACTIVATION_BYTES
     if model.transformer.recompute_blocks:
         layers = config.n_layer * INPUT_BYTES + layer
     return MemoryEstimate(
-        states=STATE_BYTES * parameters,
-        activations=tokens * config.n_embd * layers,
+        states=parameters * STATE_BYTES // shards + (parameters * GRADIENT_BYTES if shards > 1 else 0),
+        activations=tokens * config.n_embd * layers * (1 if bf16 else 2),
         logits=LOGIT_BYTES * min(tokens, CHUNK_TOKENS) * config.padded_vocab_size,
     )
 
 
-def plan_micro_batch(model: GPT2, sequences: int, bf16: bool, memory: int | None) -> int:
+def plan_micro_batch(model: GPT2, sequences: int, bf16: bool, memory: int | None, shards: int = 1) -> int:
     """Choose the sequences of one pass when the user leaves that open.
 
     Args:
@@ -52,6 +58,7 @@ def plan_micro_batch(model: GPT2, sequences: int, bf16: bool, memory: int | None
         sequences: sequences of a step on one process; the result divides it.
         bf16: whether activations are bf16.
         memory: bytes of the device; None for a CPU, where small passes stay in its caches.
+        shards: as of `estimate_memory`.
 
     Returns:
         The largest divisor of `sequences`, at most 64, whose estimate is within 70 % of the memory; 1 if none
@@ -63,14 +70,14 @@ def plan_micro_batch(model: GPT2, sequences: int, bf16: bool, memory: int | None
         if memory is None:
             fits = size * model.config.block_size <= 8192
         else:
-            fits = estimate_memory(model, size, bf16).total <= 0.7 * memory
+            fits = estimate_memory(model, size, bf16, shards).total <= 0.7 * memory
         if fits:
             return size
     return 1
 
 
 def shrink_micro_batch(
-    model: GPT2, sequences: int, bf16: bool, memory: int | None, too_large: int
+    model: GPT2, sequences: int, bf16: bool, memory: int | None, too_large: int, shards: int = 1
 ) -> int | None:
     """Choose the sequences of one pass after `too_large` did not fit into the memory.
 
@@ -80,10 +87,11 @@ def shrink_micro_batch(
         bf16: whether activations are bf16.
         memory: bytes that the process could have; None for a CPU.
         too_large: sequences of the pass that failed.
+        shards: as of `estimate_memory`.
 
     Returns:
         What would have been planned for that memory, but at most half of what failed; None if that was 1.
     """
-    planned = plan_micro_batch(model, sequences, bf16, memory)
+    planned = plan_micro_batch(model, sequences, bf16, memory, shards)
     most = min(planned, too_large // 2)
     return next((size for size in range(most, 0, -1) if sequences % size == 0), None)

@@ -47,6 +47,10 @@ class RunConfig(TrainerConfig):
     compile_cache: str | None
     activation_checkpointing: Literal["none", "blocks"]
     processes: int | None = field(metadata={"min": 1})
+    parallel: Literal["ddp", "fsdp", "hsdp"]
+    shard_processes: int | None = field(metadata={"min": 2})
+    gradient_type: Literal["fp32", "bf16"]
+    strict: bool
     sample_prompt: str
     sample_tokens: int = field(metadata={"min": 1})
     resume: str
@@ -92,6 +96,7 @@ def from_json(settings: Settings) -> RunConfig:
     _check_text(config)
     _check_length(config)
     _check_batch(config)
+    _check_parallel(config)
     _check_sharing(config)
     _check_estimator(config, owners["hessian"], [owners[section] for section in optimizers])
     _check_gamma(config, owners["gamma"], [owners[section] for section in optimizers])
@@ -112,6 +117,7 @@ def with_processes(config: RunConfig, processes: int) -> RunConfig:
     """
     config = dataclasses.replace(config, processes=processes)
     _check_batch(config)
+    _check_parallel(config)
     return config
 
 
@@ -261,6 +267,39 @@ def _check_batch(config: RunConfig) -> None:
         fix = f"hessian.batch_size={max(1, size // processes) * processes}"
         fix = fix if str(error).startswith("batch_size") else f"hessian.groups={processes}"
         raise ConfigError(f"hessian.{error}; use {fix}") from error
+
+
+def _check_parallel(config: RunConfig) -> None:
+    if config.shard_processes is not None and config.parallel != "hsdp":
+        raise ConfigError(
+            f"shard_processes={config.shard_processes} is for parallel=hsdp, but parallel={config.parallel}; "
+            "leave one out"
+        )
+    modes = [f"parallel={config.parallel}"] if config.parallel != "ddp" else []
+    estimator: Estimator = build(config.hessian)
+    for mode in modes + ["strict=true"] * config.strict:
+        if estimator.reduces_itself:
+            groups = config.hessian.get("groups")
+            what = f"hessian.groups={groups}" if groups else config.hessian["_target_"]
+            fix = "hessian.groups=1" if groups else "hessian=gnb"
+            raise ConfigError(
+                f"{mode}: {what} makes more than a gradient of each process's sequences, and "
+                f"gradients alone are reduced then; use {fix}, or leave {mode} out"
+            )
+    if not config.strict:
+        return
+    fixes = {
+        "parallel": ("ddp", config.parallel == "ddp"),
+        "micro_batch_size": (1, config.micro_batch_size in (None, 1)),
+        "model.dropout": (0, config.model.dropout == 0),
+        "gradient_type": ("fp32", config.gradient_type == "fp32"),
+        "precision": ("fp32", config.precision in ("fp32", "auto")),
+    }
+    for key, (value, fine) in fixes.items():
+        if not fine:
+            raise ConfigError(f"strict=true goes with {key}={value} alone; use that, or strict=false")
+    if config.processes is not None and config.processes.bit_count() != 1:
+        raise ConfigError(f"strict=true and processes={config.processes}: it must be a power of 2")
 
 
 def _check_estimator(config: RunConfig, hessian: type, optimizers: list[type]) -> None:

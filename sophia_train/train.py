@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Column, Table
 
-from sophia_train import checkpoint, compile_cache, distributed
+from sophia_train import checkpoint, compile_cache, distributed, parallel
+from sophia_train.collectives import sum_over_processes
 from sophia_train.compare.curves import plot_run
 from sophia_train.data.base import Data
 from sophia_train.data.batches import Batches, document_blocks, validation_blocks
@@ -38,6 +39,8 @@ from sophia_train.trainer import NotFiniteError, Trainer
 
 logger = logging.getLogger("sophia_train")
 
+GRADIENT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 Splits = tuple[Tokens, Tokens]  # of training and of validation
 
 
@@ -53,7 +56,8 @@ def train(config: RunConfig) -> None:
         RunError: the run cannot start or go on; its code is the exit code.
         OSError: something could not be read or written.
     """
-    accelerator = distributed.start(config.precision, config.processes)
+    gradient_type = GRADIENT_TYPES[config.gradient_type]
+    accelerator = distributed.start(config.precision, config.processes, gradient_type)
     with distributed.ending_together(accelerator, Interrupted, NotFiniteError):
         _train(config, accelerator)
 
@@ -131,18 +135,28 @@ def build_trainer(
             raise ConfigError("precision=fp8 cannot be differentiated twice, as Hutchinson does; use bf16")
         use_float8(model, device)
     micro_batch_size = _micro_batch_size(config, model, accelerator)
-    if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
-        model.compile()
-    optimizer = build_optimizer(config.optimizer, model)
-    prepared = accelerator.prepare_model(model)
+    compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
+    prepared, no_sync = parallel.prepare(
+        model,
+        accelerator,
+        config.parallel,
+        compiled=compiled,
+        shard_processes=config.shard_processes,
+        gradient_type=GRADIENT_TYPES[config.gradient_type],
+    )
+    optimizer = build_optimizer(config.optimizer, model)  # of sharded parameters, if they are
+    if config.strict:
+        _make_strict(device)
     replica = Replica(
         prepared,
         micro_batch_size,
         rank,
         world_size,
-        no_sync=functools.partial(accelerator.no_sync, prepared),
+        sharded=config.parallel != "ddp",
+        strict=config.strict,
+        no_sync=no_sync,
         autocast=accelerator.autocast,
-        sum_over_processes=distributed.sum_over_processes,
+        sum_over_processes=sum_over_processes,
     )
     throughput = Throughput(device, world_size)
     block_size = config.model.block_size
@@ -225,13 +239,32 @@ def _check_same_shape(theirs: GPT2Config, ours: GPT2Config, source: str) -> None
             )
 
 
+def _make_strict(device: torch.device) -> None:
+    """Let every process add up in the same order.
+
+    Raises:
+        ConfigError: a GPU does not.
+    """
+    if device.type != "cpu":
+        raise ConfigError(
+            "strict=true: a GPU's attention adds in any order; use ACCELERATE_USE_CPU=true, or leave it out"
+        )
+    torch.set_num_threads(1)  # products of matrices are cut in other ways by other numbers of threads
+
+
 def _micro_batch_size(config: RunConfig, model: GPT2, accelerator: Accelerator) -> int:
-    if config.micro_batch_size is not None:
-        return config.micro_batch_size
+    if config.micro_batch_size is not None or config.strict:
+        return config.micro_batch_size or 1
     device = accelerator.device
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
     sequences = config.batch_size // accelerator.num_processes
-    return plan_micro_batch(model, sequences, accelerator.mixed_precision == "bf16", memory)
+    return plan_micro_batch(
+        model, sequences, accelerator.mixed_precision == "bf16", memory, _count_shards(config, accelerator)
+    )
+
+
+def _count_shards(config: RunConfig, accelerator: Accelerator) -> int:
+    return parallel.count_shards(config.parallel, accelerator.num_processes, config.shard_processes)
 
 
 def _trackers(config: RunConfig, is_main_process: bool) -> Tracker:
@@ -276,8 +309,9 @@ def _what_fits(trainer: Trainer, config: RunConfig, accelerator: Accelerator) ->
     if device.type == "cuda":  # others may use it, too
         memory = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     sequences, bf16 = config.batch_size // replica.world_size, accelerator.mixed_precision == "bf16"
+    shards = _count_shards(config, accelerator)
     overrides = []
-    if size := shrink_micro_batch(model, sequences, bf16, memory, replica.micro_batch_size):
+    if size := shrink_micro_batch(model, sequences, bf16, memory, replica.micro_batch_size, shards):
         overrides.append(f"micro_batch_size={size}")
     estimator = trainer.hessian.estimator
     if isinstance(estimator, Hutchinson) and estimator.due(trainer.state.step):
@@ -340,7 +374,8 @@ def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
     estimator: Estimator = build(config.hessian)
     hessian = estimator.passes * estimator.size(config.batch_size) / estimator.interval / config.batch_size
     size = _micro_batch_size(config, model, accelerator)
-    memory = estimate_memory(model, size, accelerator.mixed_precision == "bf16")
+    shards = _count_shards(config, accelerator)
+    memory = estimate_memory(model, size, accelerator.mixed_precision == "bf16", shards)
     steps = config.total_steps(config.model.block_size)
     tokens = config.batch_size * config.model.block_size
     passes = config.batch_size // (accelerator.num_processes * size)

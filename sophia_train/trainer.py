@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sophia_train import checkpoint
+from sophia_train.collectives import sum_over_processes
 from sophia_train.data.batches import Batch, Batches
 from sophia_train.data.loader import Loader
-from sophia_train.distributed import StopSignal, sum_over_processes
+from sophia_train.distributed import StopSignal
 from sophia_train.errors import DataError, Interrupted
 from sophia_train.evaluation import evaluate
-from sophia_train.gradients import accumulate_gradients, micro_batches
+from sophia_train.gradients import MicroBatch, accumulate_gradients, micro_batches
 from sophia_train.health import HealthMonitor
 from sophia_train.hessian.base import HessianUpdater, Replica
 from sophia_train.models.gpt2 import GPT2
@@ -27,6 +28,7 @@ from sophia_train.models.losses import fused_cross_entropy
 from sophia_train.optim.evaluation_weights import evaluation_weights
 from sophia_train.optim.gamma import GammaRule
 from sophia_train.optim.schedules import Schedule
+from sophia_train.optim.shards import total_norm
 from sophia_train.optim.statistics import hessian_statistics, optimizer_statistics
 from sophia_train.seeds import derive
 from sophia_train.state import TrainState
@@ -53,6 +55,7 @@ class TrainerConfig:
     eval_interval: int = field(metadata={"min": 1})
     eval_tokens: int | None = field(metadata={"min": 1})
     save_interval: int = field(metadata={"min": 1})
+    save_in_background: bool
     keep_checkpoints: int = field(metadata={"min": 1})
     sample_interval: int | None = field(metadata={"min": 1})
 
@@ -78,6 +81,7 @@ class StepResult:
     skipped: bool  # loss or gradient was not finite: there was no update of parameters and momentum
     stop_asked: bool  # some process was told to stop
     out_of_time: bool  # some process has reached max_seconds
+    written: bool  # each process has written its part of the checkpoint that is being saved
 
 
 class Trainer:
@@ -142,6 +146,7 @@ class Trainer:
         self.health = HealthMonitor(hessian.interval)
         self.total_steps = total_steps
         self._saved_step: int | None = None
+        self._saving: checkpoint.Save | None = None
         self._clock = time.perf_counter()
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -156,11 +161,12 @@ class Trainer:
             fused_cross_entropy,
             tokens=batch.targets.numel(),
             no_sync=self.replica.no_sync,
+            strict=self.replica.strict,
             dropout_seed=derive(config.seed, "dropout", state.step, self.replica.rank),
         )
         self.hessian.after_accumulation(batch, state.step)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = total_norm(p.grad for p in parameters if p.grad is not None)
         result = self._read_back(loss, norm)
         if not result.skipped:
             if result.clipped:
@@ -191,6 +197,8 @@ class Trainer:
         if config.stop_at_step is not None and state.step >= config.stop_at_step:
             raise Interrupted(self._why_stopped())
         with self.stop_signal.listening():
+            if self.replica.world_size > 1:
+                self._settle_buckets()
             if state.step == 0:
                 self._log(self._evaluate())
             self.throughput.restart()
@@ -210,6 +218,10 @@ class Trainer:
                     self._write_sample()
                 if last or stop or state.step % config.save_interval == 0:
                     self.save()
+                elif result.written:
+                    self.finish_save()
+                if last or stop:
+                    self.finish_save()
                 if stop:
                     raise Interrupted(self._why_stopped())
                 if last:
@@ -217,20 +229,41 @@ class Trainer:
                 between_steps()
 
     def save(self) -> None:
-        """Commit a checkpoint of the current state, verify it, and only then remove the oldest."""
+        """Save a checkpoint of the current state; with `save_in_background`, begin to.
+
+        Raises:
+            OSError: it, or the one before it that was still being written, could not be written.
+        """
+        self.finish_save()
         self.trackers.sync()
         self.state.seconds = time.perf_counter() - self._clock
-        if self.replica.rank == 0 and self._saved_step != self.state.step:
+        if self._saved_step != self.state.step:
             extra = {
                 "state": dataclasses.asdict(self.state),
                 "hessian": self.hessian.state_dict(),
                 "validation_loss": self._finite_validation_loss(),
                 **self.manifest,
             }
-            checkpoint.save(self.checkpoints, self.state.step, self.unwrapped, self.optimizer, extra)
-            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
-        self._saved_step = self.state.step
+            self._saving = checkpoint.Save(
+                self.checkpoints,
+                self.state.step,
+                self.unwrapped,
+                self.optimizer,
+                extra,
+                in_background=self.config.save_in_background,
+            )
+            self._saved_step = self.state.step
+        if not self.config.save_in_background:
+            self.finish_save()
         self.throughput.restart()
+
+    def finish_save(self) -> None:
+        """Commit the checkpoint that is being written, verify it, and only then remove the oldest."""
+        if self._saving is not None:
+            self._saving.finish()
+            self._saving = None
+            if self.replica.rank == 0:
+                checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
 
     @property
     def finished(self) -> bool:
@@ -265,6 +298,19 @@ class Trainer:
         loss = self.validation_loss
         return None if loss is None or not math.isfinite(loss) else loss
 
+    def _settle_buckets(self) -> None:
+        """Make a backward pass whose gradients are thrown away.
+
+        After its first one, DDP cuts gradients into buckets anew, in the order in which they have come. A run
+        that is resumed would sum them up in another order than the one before, and with other rounding.
+        """
+        shape = self.replica.micro_batch_size, self.unwrapped.config.block_size
+        words = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        accumulate_gradients(
+            self.model, [MicroBatch(words, words)], fused_cross_entropy, tokens=words.numel()
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _next_batch(self) -> Batch:
         return self.loader.batch(self.state.step)
 
@@ -274,10 +320,11 @@ class Trainer:
         asked = self.stop_signal.received is not None
         late = self.config.max_seconds is not None and seconds >= self.config.max_seconds
         world_size = self.replica.world_size
-        flags = torch.tensor([asked, late], dtype=loss.dtype).to(self.device, non_blocking=True)
+        written = self._saving is not None and self._saving.written
+        flags = torch.tensor([asked, late, written], dtype=loss.dtype).to(self.device, non_blocking=True)
         read = torch.cat([torch.stack([loss / world_size, norm.to(loss) / world_size]), flags])
         sum_over_processes([read])
-        mean_loss, grad_norm, any_asked, any_late = read.tolist()
+        mean_loss, grad_norm, any_asked, any_late, have_written = read.tolist()
         skipped = not (math.isfinite(mean_loss) and math.isfinite(grad_norm))
         clip = self.config.gradient_clip
         return StepResult(
@@ -287,6 +334,7 @@ class Trainer:
             skipped=skipped,
             stop_asked=any_asked > 0,
             out_of_time=any_late > 0,
+            written=have_written == world_size,
         )
 
     def _advance(self, batch: Batch, result: StepResult) -> None:
@@ -309,6 +357,7 @@ class Trainer:
         what = f"step {state.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}"
         logger.warning("%s; the update was skipped (%d so far)", what, state.skipped_steps)
         if state.consecutive_skipped_steps > limit:
+            self.finish_save()
             raise NotFiniteError(
                 f"{what}, and max_skipped_steps={limit} before it were not finite either; "
                 "start anew (another name=) with a lower optimizer.lr or a longer schedule.warmup_steps"
@@ -338,9 +387,8 @@ class Trainer:
         return {"val/loss": self.validation_loss}
 
     def _write_sample(self) -> None:
-        if self.replica.rank == 0:
-            with evaluation_weights(self.optimizer):
-                self.trackers.text("sample", self.sample(), self.state.step)
+        with evaluation_weights(self.optimizer):  # on all processes: a sharded model needs them all
+            self.trackers.text("sample", self.sample(), self.state.step)
         self.throughput.restart()
 
     def _log(self, metrics: Mapping[str, float]) -> None:

@@ -46,7 +46,7 @@ def check_step(device):
             params, grads, momenta, hessians = (tensors(device, seed, aligned) for seed in range(4))
             states = [
                 {
-                    "step": torch.tensor(3.0),
+                    "step": 3,
                     "exp_avg": momentum,
                     "hessian": hessian * 30,
                     "hessian_weight": torch.tensor(

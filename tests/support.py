@@ -1,6 +1,5 @@
 """What several tests need: small runs of the command line, and one built by hand, as for float64."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -13,7 +12,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from sophia_train import distributed
+from sophia_train import distributed, parallel
+from sophia_train.collectives import sum_over_processes
 from sophia_train.data.batches import Batches, validation_blocks
 from sophia_train.data.token_files import Tokens, TokenShard
 from sophia_train.data.units import Unit
@@ -24,7 +24,7 @@ from sophia_train.optim.gamma import FixedGamma
 from sophia_train.optim.groups import decay_groups
 from sophia_train.optim.schedules import Cosine
 from sophia_train.throughput import Throughput
-from sophia_train.trackers.base import RunInfo, Trackers
+from sophia_train.trackers.base import RunInfo, Silent, Trackers
 from sophia_train.trackers.jsonl import JsonlTracker
 from sophia_train.trainer import Trainer, TrainerConfig
 
@@ -43,6 +43,7 @@ TRAINER = {
     "eval_interval": 5,
     "eval_tokens": None,
     "save_interval": 5,
+    "save_in_background": False,
     "keep_checkpoints": 3,
     "sample_interval": None,
 }
@@ -57,7 +58,17 @@ def text(folder: Path, n: int = 2000) -> Tokens:
     return Tokens([TokenShard(path, np.dtype("<u2"), 0, n)])
 
 
-def build(run_dir: Path, *, optimizer="sophia", dtype=torch.float32, micro_batch_size=8, groups=1, **changes):
+def build(
+    run_dir: Path,
+    *,
+    optimizer="sophia",
+    dtype=torch.float32,
+    micro_batch_size=8,
+    groups=1,
+    mode="ddp",
+    strict=False,
+    **changes,
+):
     """Build a trainer on the processes that there are; returns it and its model."""
     run_dir.mkdir(parents=True, exist_ok=True)
     config = TrainerConfig(**{**TRAINER, **changes})
@@ -65,24 +76,32 @@ def build(run_dir: Path, *, optimizer="sophia", dtype=torch.float32, micro_batch
     rank, world_size = accelerator.process_index, accelerator.num_processes
     model = GPT2(changes.pop("model", MODEL)).to(dtype)
     model.initialize(config.seed)
+    sharded = mode != "ddp" and world_size > 1
+    prepared, no_sync = parallel.prepare(
+        model,
+        accelerator,
+        mode if sharded else "ddp",
+        shard_processes=2 if mode == "hsdp" else None,
+        gradient_type=dtype,
+    )
     if optimizer == "sophia":
         made, estimator = Sophia(decay_groups(model), lr=3e-3), GNB(interval=3, batch_size=4, groups=groups)
     else:
         made, estimator = torch.optim.AdamW(decay_groups(model), lr=3e-3, fused=True), NoHessian()
-    prepared = accelerator.prepare_model(model)
-    no_sync = functools.partial(accelerator.no_sync, prepared)
     replica = Replica(
         prepared,
         micro_batch_size,
         rank,
         world_size,
+        sharded=sharded,
+        strict=strict,
         no_sync=no_sync,
         autocast=accelerator.autocast,
-        sum_over_processes=distributed.sum_over_processes,
+        sum_over_processes=sum_over_processes,
     )
     throughput = Throughput(accelerator.device, world_size)
     tokens = text(run_dir.parent)
-    trackers = Trackers(JsonlTracker())
+    trackers = Trackers(JsonlTracker()) if rank == 0 else Silent()
     trainer = Trainer(
         config,
         replica=replica,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support import records, start_trackers
 
 from sophia_train import checkpoint, distributed
+from sophia_train.collectives import sum_over_processes
 from sophia_train.config import CONFIGS, compose, run_config
 from sophia_train.data.token_files import Tokens, TokenShard
 from sophia_train.data.tokenizers import load_tokenizer
@@ -157,7 +158,7 @@ class TestRuns:
         other = start(tmp_path / "other", choice)
         checkpoint.load_parameters(other.model, weights, "it")
         trainer = other.trainer
-        loss = evaluate(trainer.model, trainer.validation, distributed.sum_over_processes, trainer.device)
+        loss = evaluate(trainer.model, trainer.validation, sum_over_processes, trainer.device)
         assert loss == manifest["validation_loss"]
 
     def test_trains_on_with_the_weights_that_it_trained(self, choice, whole, start):

@@ -319,7 +319,7 @@ def test_the_table_of_optimizers_fits_a_narrow_terminal(alone, capsys):
     assert max(map(len, lines)) <= 80
     assert lines[1].strip() == "gpt2_nano, 861,312 parameters"
     for name in [STEP_FLOOR, *STEPS]:
-        figures = rf"  {re.escape(name)} +[\d,]+\.\d{{3}} +\d+\.\d\d +\d+\.\d\d *$"
+        figures = rf"  {re.escape(name)} +[\d,]+\.\d{{3}} +\d+\.\d\d +\d+\.\d\d +[\d,]+\.\d{{3}} *$"
         assert sum(bool(re.match(figures, line)) for line in lines) == 1
     assert any(re.search(r"^official: sophia\.py [\da-f]{12}$", line) for line in lines)
 

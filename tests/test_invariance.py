@@ -1,4 +1,4 @@
-"""The same global batch and seed give the same numbers on 1, 2 and 4 processes."""
+"""The same global batch and seed give the same numbers on 1, 2 and 4 processes, however they share a model."""
 
 import os
 import subprocess
@@ -10,28 +10,31 @@ import torch
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).parent / "worker_invariance.py"
+MODES = {1: ["ddp"], 2: ["ddp", "fsdp"], 4: ["ddp", "fsdp", "hsdp"]}  # alone there is nobody to share with
+SEVERAL = [(processes, mode) for processes, modes in MODES.items() if processes > 1 for mode in modes]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Results of 1 process x 4 micro-batches, 2 x 2 and 4 x 1, by number of processes."""
+    """Results of 1 process x 4 micro-batches, 2 x 2 and 4 x 1, by number of processes, mode and case."""
     from support import text
 
     found = {}
-    for processes in (1, 2, 4):
+    for processes, modes in MODES.items():
         folder = tmp_path_factory.mktemp(f"processes_{processes}")
         text(folder)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         run = subprocess.run(
-            [*torchrun, str(processes), str(WORKER), str(folder), "2"],
+            [*torchrun, str(processes), str(WORKER), str(folder), "2", *modes],
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert run.returncode == 0, run.stderr[-3000:]
-        found[processes] = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+        for path in folder.glob("*/*.safetensors"):
+            found[processes, path.parent.name, path.stem] = load_file(path)
     return found
 
 
@@ -44,34 +47,59 @@ def relative_error(name, tensor, expected):
     return ((tensor - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("processes", "mode"), SEVERAL)
 @pytest.mark.parametrize("case", ["groups_1", "groups_4"])
-def test_loss_gradient_and_hessian(results, processes, case):
-    one, many = results[1][case], results[processes][case]
+def test_loss_gradient_hessian_and_what_is_logged_of_them(results, processes, mode, case):
+    if (processes, mode, case) not in results:
+        pytest.skip("squares of parts of a batch need whole gradients")
+    one, many = results[1, "ddp", case], results[processes, mode, case]
     assert one.keys() == many.keys()
     for name, expected in one.items():
-        assert relative_error(name, many[name], expected) < 1e-5, name
+        if name.startswith("optim/") and expected == 0:
+            assert many[name] == 0, name
+        elif name == "optim/unclipped_fraction":
+            assert abs(many[name] - expected) < 1e-3, name  # a coordinate at the edge may fall on either side
+        else:
+            assert relative_error(name, many[name], expected) < 1e-5, name
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("processes", "mode"), SEVERAL)
 @pytest.mark.parametrize("case", ["hutchinson", "empirical_fisher", "gradient_magnitude"])
-def test_hessian_of_the_other_estimators(results, processes, case):
-    one, many = results[1][case], results[processes][case]
+def test_hessian_of_the_other_estimators(results, processes, mode, case):
+    if (processes, mode, case) not in results:
+        pytest.skip("products with the Hessian need whole parameters")
+    one, many = results[1, "ddp", case], results[processes, mode, case]
     assert one.keys() == many.keys()
     for name, expected in one.items():
         assert expected.any() and relative_error(name, many[name], expected) < 1e-10, name
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("processes", "mode"), SEVERAL)
 @pytest.mark.parametrize("optimizer", ["sophia", "adamw"])
-def test_weights_after_twenty_steps(results, processes, optimizer):
-    one, many = results[1][optimizer], results[processes][optimizer]
+def test_weights_after_twenty_steps(results, processes, mode, optimizer):
+    one, many = results[1, "ddp", optimizer], results[processes, mode, optimizer]
     for name, expected in one.items():
         if name.startswith("weight/"):
             assert relative_error(name, many[name], expected) < 1e-8, name
     torch.testing.assert_close(many["validation"], one["validation"], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_global_batches_are_identical(results, processes):
-    assert torch.equal(results[processes]["sophia"]["batches"], results[1]["sophia"]["batches"])
+@pytest.mark.parametrize(("processes", "mode"), SEVERAL)
+def test_global_batches_are_identical(results, processes, mode):
+    assert torch.equal(results[processes, mode, "sophia"]["batches"], results[1, "ddp", "sophia"]["batches"])
+
+
+class TestStrict:
+    @pytest.mark.parametrize("processes", [2, 4])
+    @pytest.mark.parametrize("case", ["strict_sophia", "strict_adamw", "strict_odd"])
+    def test_weights_are_the_same_bits(self, results, processes, case):
+        one, many = results[1, "ddp", case], results[processes, "ddp", case]
+        weights = [name for name in one if name.startswith("weight/")]
+        assert weights and all(torch.equal(many[name], one[name]) for name in weights)
+
+    @pytest.mark.parametrize("optimizer", ["sophia", "adamw"])
+    def test_and_those_of_the_ordinary_sums_up_to_rounding(self, results, optimizer):
+        strict, exact = results[1, "ddp", f"strict_{optimizer}"], results[1, "ddp", optimizer]
+        for name, expected in exact.items():
+            if name.startswith("weight/"):
+                assert relative_error(name, strict[name].double(), expected) < 1e-2, name

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from support import build
 
-from sophia_train.distributed import sum_over_processes
+from sophia_train.collectives import sum_over_processes
 from sophia_train.hessian import (
     EmpiricalFisher,
     Estimator,
@@ -16,29 +16,37 @@ from sophia_train.hessian import (
     Hutchinson,
 )
 
+Tensors = dict[str, torch.Tensor]
 
-def first_step(folder: Path, micro_batch_size: int, groups: int) -> dict[str, torch.Tensor]:
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with all of its rows, also if it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def first_step(folder: Path, micro_batch_size: int, groups: int = 1, **settings) -> Tensors:
     """Loss, gradient norm, gradient and Hessian average of the first step in float32."""
     trainer, model = build(
-        folder / "run", micro_batch_size=micro_batch_size, groups=groups, gradient_clip=None
+        folder / "run", micro_batch_size=micro_batch_size, groups=groups, gradient_clip=None, **settings
     )
-    captured: dict[str, torch.Tensor] = {}
+    captured: Tensors = {}
     step = trainer.optimizer.step
 
     def capture() -> None:
-        captured.update({f"gradient/{n}": p.grad.clone() for n, p in model.named_parameters()})
+        captured.update({f"gradient/{n}": whole(p.grad).clone() for n, p in model.named_parameters()})
         step()
 
     trainer.optimizer.step = capture
     result = trainer.train_step(trainer._next_batch())
-    hessian = {f"hessian/{n}": trainer.optimizer.state[p]["hessian"] for n, p in model.named_parameters()}
+    metrics = trainer._measure(result)
+    statistics = {key: torch.tensor(value) for key, value in metrics.items() if key.startswith("optim/")}
     scalars = {"loss": torch.tensor(result.loss), "grad_norm": torch.tensor(result.grad_norm)}
-    return {**captured, **hessian, **scalars}
+    return {**captured, **hessian(trainer, model), **scalars, **statistics}
 
 
-def first_refresh(folder: Path, micro_batch_size: int, estimator: Estimator) -> dict[str, torch.Tensor]:
+def first_refresh(folder: Path, micro_batch_size: int, estimator: Estimator, **settings) -> Tensors:
     """Hessian average after the first step in float64, of an estimator that `build` does not make."""
-    trainer, model = build(folder / "run", micro_batch_size=micro_batch_size, dtype=torch.float64)
+    trainer, model = build(folder / "run", micro_batch_size=micro_batch_size, dtype=torch.float64, **settings)
     trainer.hessian = HessianUpdater(
         estimator,
         trainer.optimizer,
@@ -47,13 +55,21 @@ def first_refresh(folder: Path, micro_batch_size: int, estimator: Estimator) -> 
         seed=trainer.config.seed,
     )
     trainer.train_step(trainer._next_batch())
-    return {f"hessian/{n}": trainer.optimizer.state[p]["hessian"] for n, p in model.named_parameters()}
+    return hessian(trainer, model)
 
 
-def twenty_steps(folder: Path, micro_batch_size: int, optimizer: str) -> dict[str, torch.Tensor]:
-    """Weights after 20 steps in float64, validation loss, and the tokens of every global batch."""
+def hessian(trainer, model) -> Tensors:
+    """The Hessian average of each parameter."""
+    state = trainer.optimizer.state
+    return {f"hessian/{name}": whole(state[p]["hessian"]) for name, p in model.named_parameters()}
+
+
+def twenty_steps(
+    folder: Path, micro_batch_size: int, optimizer: str, dtype: torch.dtype = torch.float64, **settings
+) -> Tensors:
+    """Weights after 20 steps, validation loss, and the tokens of every global batch."""
     trainer, model = build(
-        folder / "run", micro_batch_size=micro_batch_size, optimizer=optimizer, dtype=torch.float64
+        folder / "run", micro_batch_size=micro_batch_size, optimizer=optimizer, dtype=dtype, **settings
     )
     batches = []
     for _ in range(20):
@@ -64,28 +80,46 @@ def twenty_steps(folder: Path, micro_batch_size: int, optimizer: str) -> dict[st
         batches.append(everything)
         trainer.train_step(batch)
     loss = trainer._evaluate()["val/loss"]
-    weights = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
+    weights = {f"weight/{name}": whole(p.detach()) for name, p in model.named_parameters()}
     return {**weights, "validation": torch.tensor(loss, dtype=torch.float64), "batches": torch.stack(batches)}
+
+
+def results(folder: Path, micro_batch_size: int, mode: str) -> dict[str, Tensors]:
+    """All results of one way to share the model out, by their names."""
+    size = {"micro_batch_size": micro_batch_size, "mode": mode}
+    found = {
+        "groups_1": first_step(folder, **size),
+        "empirical_fisher": first_refresh(folder, estimator=EmpiricalFisher(), **size),
+        "gradient_magnitude": first_refresh(folder, estimator=GradientMagnitude(), **size),
+        "sophia": twenty_steps(folder, optimizer="sophia", **size),
+        "adamw": twenty_steps(folder, optimizer="adamw", **size),
+    }
+    if mode == "ddp":
+        hutchinson = Hutchinson(batch_size=4, micro_batch_size=micro_batch_size)
+        strict = {"dtype": torch.float32, "strict": True, "micro_batch_size": 1}
+        found |= {
+            "groups_4": first_step(folder, groups=4, **size),
+            "hutchinson": first_refresh(folder, estimator=hutchinson, **size),
+            "strict_sophia": twenty_steps(folder, optimizer="sophia", **strict),
+            "strict_adamw": twenty_steps(folder, optimizer="adamw", **strict),
+            "strict_odd": twenty_steps(folder, optimizer="sophia", **strict, batch_size=12),
+        }
+    return found
 
 
 if __name__ == "__main__":
     folder, micro_batch_size = Path(sys.argv[1]), int(sys.argv[2])
-    hutchinson = Hutchinson(batch_size=4, micro_batch_size=micro_batch_size)
-    results = {
-        "groups_1": first_step(folder, micro_batch_size, 1),
-        "groups_4": first_step(folder, micro_batch_size, 4),
-        "hutchinson": first_refresh(folder, micro_batch_size, hutchinson),
-        "empirical_fisher": first_refresh(folder, micro_batch_size, EmpiricalFisher()),
-        "gradient_magnitude": first_refresh(folder, micro_batch_size, GradientMagnitude()),
-        "sophia": twenty_steps(folder, micro_batch_size, "sophia"),
-        "adamw": twenty_steps(folder, micro_batch_size, "adamw"),
+    found = {
+        f"{mode}/{name}": tensors
+        for mode in sys.argv[3:]
+        for name, tensors in results(folder, micro_batch_size, mode).items()
     }
     together = torch.distributed.is_initialized()
     if not together or torch.distributed.get_rank() == 0:
-        for name, tensors in results.items():
-            save_file(
-                {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors"
-            )
+        for name, tensors in found.items():
+            path = folder / f"{name}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     if together:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

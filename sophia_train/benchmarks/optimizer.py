@@ -29,6 +29,7 @@ FLOOR_BYTES = {  # a parameter's, in float32
     "step": 24,  # weight, gradient, momentum and h are read, weight and momentum written
     "update_hessian": 16,  # the estimate is read, to see that it is finite, and again; h is read and written
 }
+COPIES_AHEAD = 32  # milliseconds of a GPU's time, more than the host takes to start any call
 GRADIENT_STD = 100.0  # Sophia clips about half of the coordinates then
 ADAMW, COPY = "AdamW, fused", "copy"
 
@@ -42,7 +43,8 @@ class Contestant:
     call: Callable[[], object]
     moved: Sequence[Tensor]  # what a call changes
     change: float = 0.0  # Euclidean norm of the change by a call
-    seconds: list[float] = field(default_factory=list)  # of each call
+    seconds: list[float] = field(default_factory=list)  # of each call, behind other work
+    idle_seconds: list[float] = field(default_factory=list)  # of each call, with nothing ahead of it
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
@@ -85,13 +87,14 @@ def table(report: dict[str, Any]) -> Table:
     """Lay out the figures in at most 80 columns."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     made.add_column("")
-    for heading in ("ms", "over floor", "over AdamW"):
+    for heading in ("ms", "over floor", "over AdamW", "from idle"):
         made.add_column(heading, justify="right")
     for model in report["results"]:
         made.add_row(f"{model['model']}, {model['parameters']:,} parameters")
         for row in model["rows"]:
             adamw = "-" if row["over_adamw"] is None else f"{row['over_adamw']:.2f}"
-            made.add_row(f"  {row['name']}", f"{row['ms']:,.3f}", f"{row['over_floor']:.2f}", adamw)
+            figures = (f"{row['ms']:,.3f}", f"{row['over_floor']:.2f}", adamw, f"{row['idle_ms']:,.3f}")
+            made.add_row(f"  {row['name']}", *figures)
     return made
 
 
@@ -103,6 +106,8 @@ def notes(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"ms: of one call, median of {settings['repeats']} in turns; ratios: of neighbours",
+            "ms and ratios: behind other work of the GPU, as a refresh is; from idle: ms with",
+            "what the host takes to start it, as a step is, which follows a read-back",
             "floors: bytes that must be moved, at the rate of a copy in the same turns",
             f"copy: {rates} GB/s, read and written, of float32 as many as parameters",
             "over AdamW: the fused one's time",
@@ -138,23 +143,20 @@ def _measure(
     for contestant in contestants:
         for _ in range(WARMUP_CALLS):
             contestant.call()
+    timed = {contestant.name: contestant for contestant in contestants}
     for _ in range(repeats):
         for contestant in contestants:
-            contestant.seconds.append(_seconds(contestant.call, device))
-    timed = {contestant.name: contestant for contestant in contestants}
+            contestant.seconds.append(_seconds(contestant.call, device, ahead=timed[COPY].call))
+            contestant.idle_seconds.append(_seconds(contestant.call, device))
+    parameters = sum(p.numel() for p in model.parameters())
     copy = timed.pop(COPY).seconds
     floors = {work: [number / COPY_BYTES * each for each in copy] for work, number in FLOOR_BYTES.items()}
     rows: list[dict[str, Any]] = []
     for work, floor in floors.items():
-        rows.append(
-            _row(f"{work}, floor: {FLOOR_BYTES[work]} bytes each", work, None, floor, floor, timed[ADAMW])
-        )
-        rows += [
-            _row(each.name, work, each.change, each.seconds, floor, timed[ADAMW])
-            for each in timed.values()
-            if each.work == work
-        ]
-    parameters = sum(p.numel() for p in model.parameters())
+        moved = Contestant(f"{work}, floor: {FLOOR_BYTES[work]} bytes each", work, lambda: None, [])
+        moved.seconds = moved.idle_seconds = floor
+        doers = [moved, *(each for each in timed.values() if each.work == work)]
+        rows += [_row(each, floor, timed[ADAMW]) for each in doers]
     return {
         "model": name,
         "parameters": parameters,
@@ -163,22 +165,16 @@ def _measure(
     }
 
 
-def _row(
-    name: str,
-    work: str,
-    change: float | None,
-    seconds: Sequence[float],
-    floor: Sequence[float],
-    adamw: Contestant,
-) -> dict[str, Any]:
+def _row(each: Contestant, floor: Sequence[float], adamw: Contestant) -> dict[str, Any]:
     return {
-        "name": name,
-        "work": work,
-        "ms": 1000 * statistics.median(seconds),
-        "over_floor": times_faster(floor, seconds),
-        "over_adamw": times_faster(adamw.seconds, seconds) if work == adamw.work else None,
-        "change": change,
-        "seconds": list(seconds),
+        "name": each.name,
+        "work": each.work,
+        "ms": 1000 * statistics.median(each.seconds),
+        "idle_ms": 1000 * statistics.median(each.idle_seconds),
+        "over_floor": times_faster(floor, each.seconds),
+        "over_adamw": times_faster(adamw.seconds, each.seconds) if each.work == adamw.work else None,
+        "change": each.change,
+        "seconds": list(each.seconds),
     }
 
 
@@ -310,14 +306,24 @@ def _change(contestant: Contestant) -> float:
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time one call; on a GPU by events, from when all before it is done to its last kernel."""
+def _seconds(
+    call: Callable[[], object], device: torch.device, ahead: Callable[[], object] = lambda: None
+) -> float:
+    """Time one call; on a GPU by events, from when all before it is done to its last kernel.
+
+    Args:
+        call: what to time.
+        device: where it works.
+        ahead: on a GPU, what keeps it busy while the host starts the call: copies for some milliseconds.
+    """
     if device.type != "cuda":
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    for _ in range(COPIES_AHEAD):
+        ahead()
     begin.record()
     call()
     end.record()

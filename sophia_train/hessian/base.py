@@ -30,6 +30,8 @@ class Replica:
         micro_batch_size: sequences of one forward and backward pass.
         rank: number of this process.
         world_size: number of processes.
+        sharded: whether each process keeps a part of every parameter only (FSDP2).
+        strict: whether gradients are to be the same bits for any number of processes.
         no_sync: context in which a backward pass leaves other processes alone.
         autocast: the mixed precision of the model's forward pass. Accelerate opens it inside that pass only,
             and what differentiates a backward pass needs it there, too.
@@ -40,6 +42,8 @@ class Replica:
     micro_batch_size: int
     rank: int = 0
     world_size: int = 1
+    sharded: bool = False
+    strict: bool = False
     no_sync: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     autocast: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     sum_over_processes: Callable[[list[Tensor]], None] = _leave
@@ -96,6 +100,14 @@ class Estimator(ABC):
     def due(self, step: int) -> bool:
         """Whether h is refreshed before the update that follows `step` completed ones (Alg. 3, line 7)."""
         return step % self.interval == 0 and (step > 0 or self.refresh_at_start)
+
+    @property
+    def reduces_itself(self) -> bool:
+        """Whether it makes something else of each process's sequences than a gradient, and reduces that.
+
+        FSDP2, which leaves no process a whole gradient, and strict sums do not allow it.
+        """
+        return False
 
     def check(self, batch_size: int, world_size: int) -> None:
         """Check the estimator against a run.
@@ -197,6 +209,10 @@ class HessianUpdater:
         timed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         estimator.check(batch_size, replica.world_size)
+        if estimator.reduces_itself and (replica.sharded or replica.strict):
+            raise ValueError(
+                f"{type(estimator).__name__} cannot be had from sharded gradients or strict sums"
+            )
         if not isinstance(estimator, NoHessian) and not hasattr(optimizer, "update_hessian"):
             raise ValueError(
                 f"{type(estimator).__name__} estimates a Hessian, but {type(optimizer).__name__} takes none"

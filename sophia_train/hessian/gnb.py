@@ -10,6 +10,7 @@ from sophia_train.gradients import accumulate_gradients, evaluation_mode, micro_
 from sophia_train.hessian.base import Estimates, Estimator, Replica
 from sophia_train.models.labels import token_keys
 from sophia_train.models.losses import sampled_cross_entropy
+from sophia_train.optim.shards import locals_of, total_norm
 from sophia_train.seeds import derive
 
 
@@ -41,6 +42,11 @@ class GNB(Estimator):
             raise ValueError(f"groups={self.groups} must be at least 1")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip={self.gradient_clip} must be above 0, or null for no clip")
+
+    @property
+    def reduces_itself(self) -> bool:
+        """Whether squares are reduced, and not one gradient; see `Estimator.reduces_itself`."""
+        return self.groups > 1
 
     def check(self, batch_size: int, world_size: int) -> None:
         """Check the sub-batch and the groups against a run."""
@@ -95,13 +101,14 @@ class GNB(Estimator):
             tokens=tokens / processes,
             no_sync=replica.no_sync,
             sync=processes > 1,
+            strict=replica.strict,
         )
         estimates = replica.gradients()
         for parameter in estimates:
             parameter.grad = None
-        gradients = list(estimates.values())
+        gradients = locals_of(estimates.values())
         if self.gradient_clip is not None:
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = total_norm(estimates.values())
             torch._foreach_mul_(gradients, (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0))
         torch._foreach_pow_(gradients, 2)
         torch._foreach_mul_(gradients, tokens)

@@ -51,6 +51,11 @@ class Hutchinson(Estimator):
         if self.probe not in ("gaussian", "rademacher"):
             raise ValueError(f"probe={self.probe} must be gaussian or rademacher")
 
+    @property
+    def reduces_itself(self) -> bool:
+        """True: products with the Hessian are reduced; see `Estimator.reduces_itself`."""
+        return True
+
     def estimate(self, replica: Replica, batch: Batch, seed: int) -> Estimates:
         """Estimate the Hessian's diagonal of the mean loss; see `Estimator.estimate`."""
         model = replica.unwrapped

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from sophia_train.distributed import sum_over_processes
+from sophia_train.collectives import sum_over_processes
 from sophia_train.gradients import count_targets
 from sophia_train.hessian.base import Estimates, Estimator, NoHessian, TrainingGradientEstimator
 from sophia_train.hessian.other_loops import estimate

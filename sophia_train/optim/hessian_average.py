@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sophia_train.optim.kernels import fusable, triton_kernels
+from sophia_train.optim.shards import locals_of, true_for_all_shards
 
 
 def owned(
@@ -26,11 +27,14 @@ def owned(
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether no tensor has a NaN or an infinity, a boolean scalar on the device."""
-    if fusable(tensors):
-        return triton_kernels().all_finite(tensors)
-    norms = torch._foreach_norm(list(tensors), float("inf"))
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
+    """Whether no tensor has a NaN or an infinity in any of its parts, a boolean scalar on the device."""
+    parts = locals_of(tensors)
+    if fusable(parts):
+        finite = triton_kernels().all_finite(parts)
+    else:
+        norms = torch._foreach_norm([part for part in parts if part.numel()], float("inf"))
+        finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
+    return true_for_all_shards(finite, tensors)
 
 
 def move_averages(

@@ -23,13 +23,14 @@ def fusable(*columns: Sequence[Tensor]) -> bool:
     first = columns[0][0]
     if not first.is_cuda:
         return False
-    device, ordinary = first.get_device(), (Tensor, torch.nn.Parameter)  # no DTensor: it has parts elsewhere
-    return all(
-        type(each) in ordinary
-        and each.dtype is torch.float32
-        and each.is_contiguous()
-        and each.get_device() == device
-        and each.numel() == like.numel()
-        for column in columns
-        for each, like in zip(column, columns[0], strict=True)
-    )
+    kind = (torch.float32, first.device)
+    ordinary = {Tensor, torch.nn.Parameter}  # no DTensor: it has parts elsewhere
+    sizes = [each.numel() for each in columns[0]]
+    for column in columns:
+        if [each.numel() for each in column] != sizes or not {type(each) for each in column} <= ordinary:
+            return False
+        if {(each.dtype, each.device) for each in column} != {kind}:
+            return False
+        if not all([each.is_contiguous() for each in column]):
+            return False
+    return True

@@ -21,6 +21,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from sophia_train.optim.hessian_average import all_finite, move_averages, owned
 from sophia_train.optim.kernels import fusable, triton_kernels
+from sophia_train.optim.shards import is_sharded, local, locals_of, sum_over_shards
 
 
 class Sophia(Optimizer):
@@ -121,9 +122,13 @@ class Sophia(Optimizer):
                 continue
             if any(p.grad.is_sparse for p in params):
                 raise RuntimeError("Sophia does not support sparse gradients")
-            grads = [p.grad for p in params]
             states = [self._state_of(p, group) for p in params]
-            torch._foreach_add_([state["step"] for state in states], 1)
+            for state in states:
+                state["step"] += 1
+            grads = [p.grad for p in params]
+            if is_sharded(params):  # the rule goes coordinate by coordinate: each part by itself
+                params, grads = locals_of(params), locals_of(grads)
+                states = [_local_state(state) for state in states]
             averages = [[state[key] for state in states] for key in ("exp_avg", "hessian")]
             if _fuses(group, params, grads, *averages):
                 triton_kernels().step(params, grads, states, group)
@@ -154,13 +159,14 @@ class Sophia(Optimizer):
         finite = all_finite(list(estimates.values()))
         for group, params in used:
             states = [self._state_of(p, group) for p in params]
-            averages = [state["hessian"] for state in states]
-            new = [estimates[p].to(average.dtype) for p, average in zip(params, averages, strict=True)]
+            averages = locals_of(state["hessian"] for state in states)
+            found = locals_of(estimates[p] for p in params)
             weight = 1 - group["betas"][1]
-            if _fuses(group, averages, new):
-                triton_kernels().move_averages(averages, new, weight, finite)
+            if _fuses(group, averages, found):
+                triton_kernels().move_averages(averages, found, weight, finite)
             else:
-                move_averages(averages, new, weight, finite)
+                cast = [new.to(average.dtype) for new, average in zip(found, averages, strict=True)]
+                move_averages(averages, cast, weight, finite)
             if group["bias_correction"] == "both":
                 weights = [state["hessian_weight"] for state in states]
                 move_averages(weights, [finite.to(weights[0].dtype)] * len(weights), weight, finite)
@@ -174,30 +180,37 @@ class Sophia(Optimizer):
             params: those to look at; None takes all. Where there are none, or before the first step, NaN.
         """
         wanted = None if params is None else set(params)
-        unclipped, total = [], 0
+        unclipped, seen = [], []
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state.get(p)
+                state = _local_state(self.state.get(p, {}))
                 if not state or (wanted is not None and p not in wanted):
                     continue
-                total += p.numel()
+                seen.append(p)
                 clip = group["clip_threshold"]
                 if clip is None:
-                    unclipped.append(torch.tensor(float(p.numel()), device=p.device))
+                    unclipped.append(torch.tensor(float(local(p).numel()), device=p.device))
                     continue
                 within = _momentum(state, group).abs() < _denominator(state, group) * clip
                 unclipped.append(within.sum(dtype=torch.float32))
-        return torch.stack(unclipped).sum() / total if total else torch.tensor(float("nan"))
+        if not seen:
+            return torch.tensor(float("nan"))
+        return sum_over_shards(torch.stack(unclipped).sum(), seen) / sum(p.numel() for p in seen)
 
     def _state_of(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = 0
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["hessian"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             if group["bias_correction"] == "both":  # the weight that estimates have in h: 1 - b2^n
                 state["hessian_weight"] = torch.zeros((), dtype=p.dtype, device=p.device)
         return state
+
+
+def _local_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter with the part of each tensor that this process keeps."""
+    return {key: local(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _fuses(group: Mapping[str, Any], *columns: list[Tensor]) -> bool:
@@ -225,7 +238,7 @@ def _momentum(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
 
 
 def _momentum_weight(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
-    return 1 - float(group["betas"][0] ** state["step"].item())
+    return float(1 - group["betas"][0] ** float(state["step"]))
 
 
 def _denominator(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:

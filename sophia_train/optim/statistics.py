@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sophia_train.optim.gamma import gamma_groups
+from sophia_train.optim.shards import gather_shards, locals_of, sum_over_shards, total_norm
 
 
 @torch.no_grad()
@@ -23,15 +24,16 @@ def optimizer_statistics(optimizer: Optimizer) -> dict[str, Tensor]:
     states = [optimizer.state[p] for p in params if p in optimizer.state]
     momenta = [state["exp_avg"] for state in states if "exp_avg" in state]
     hessians = [state["hessian"] for state in states if "hessian" in state]
-    statistics = {"optim/param_norm": torch.nn.utils.get_total_norm(params)}
+    statistics = {"optim/param_norm": total_norm(params)}
     if momenta:
-        statistics["optim/momentum_norm"] = torch.nn.utils.get_total_norm(momenta)
+        statistics["optim/momentum_norm"] = total_norm(momenta)
     if hessians:
-        negative = torch.stack([(h < 0).sum(dtype=torch.float32) for h in hessians]).sum()
-        zero = torch.stack([(h == 0).sum(dtype=torch.float32) for h in hessians]).sum()
-        statistics["optim/hessian_norm"] = torch.nn.utils.get_total_norm(hessians)
-        statistics["optim/hessian_zero_fraction"] = zero / sum(h.numel() for h in hessians)
-        statistics["optim/hessian_negative_fraction"] = negative / sum(h.numel() for h in hessians)
+        parts, total = locals_of(hessians), sum(h.numel() for h in hessians)
+        negative = torch.stack([(h < 0).sum(dtype=torch.float32) for h in parts]).sum()
+        zero = torch.stack([(h == 0).sum(dtype=torch.float32) for h in parts]).sum()
+        statistics["optim/hessian_norm"] = total_norm(hessians)
+        statistics["optim/hessian_zero_fraction"] = sum_over_shards(zero, hessians) / total
+        statistics["optim/hessian_negative_fraction"] = sum_over_shards(negative, hessians) / total
     if states and hasattr(optimizer, "unclipped_fraction"):
         statistics["optim/unclipped_fraction"] = optimizer.unclipped_fraction()
     groups = gamma_groups(optimizer)
@@ -61,7 +63,9 @@ def hessian_statistics(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dic
     if not owned:
         return {}
     stride = max(1, sum(p.numel() for p in owned) // QUANTILE_SAMPLES)
-    sample = torch.cat([optimizer.state[p]["hessian"].flatten()[::stride].float() for p in owned])
+    hessians = [optimizer.state[p]["hessian"] for p in owned]
+    sample = torch.cat([part.flatten()[::stride].float() for part in locals_of(hessians)])
+    sample = gather_shards(sample, hessians)
     levels = torch.tensor(QUANTILES, device=sample.device)
     statistics = {
         f"hessian/quantile_{level * 100:02.0f}": value

@@ -36,7 +36,7 @@ def step(
         columns.append([s["hessian_weight"] for s in states])
     momentum_weights = None
     if correction != "none":
-        weights = torch.tensor([1 - beta ** s["step"].item() for s in states])
+        weights = torch.tensor([1 - beta ** float(s["step"]) for s in states])
         momentum_weights = weights.to(params[0].device, non_blocking=True)
     tables, aligned = _tables(columns)
     _step[_programs(tables)](
@@ -94,14 +94,14 @@ def _tables(columns: Sequence[Sequence[Tensor]]) -> tuple[Tables, bool]:
     """
     tensors = columns[0]
     device = tensors[0].device
-    addresses = [tensor.data_ptr() for column in columns for tensor in column]
-    on_device = torch.tensor(
-        addresses,
+    addresses = torch.tensor(
+        [tensor.data_ptr() for column in columns for tensor in column],
         dtype=torch.int64,
         pin_memory=device.type == "cuda",  # or the copy would wait for what the device has to do
-    ).to(device, non_blocking=True)
+    )
     shapes = _shape_tables(tuple(tensor.numel() for tensor in tensors), device)
-    return (on_device, *shapes), not any(address % ALIGNMENT for address in addresses)
+    on_device = addresses.to(device, non_blocking=True)
+    return (on_device, *shapes), not (addresses % ALIGNMENT).any()
 
 
 def _programs(tables: Tables) -> tuple[int]:

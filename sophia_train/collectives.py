@@ -1,0 +1,59 @@
+"""What the processes of a run tell each other; alone, a process talks to itself."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from sophia_train.errors import RunError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Return the number of this process."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """Sum each tensor over all processes, in place."""
+    if torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all processes, by rank; small ones, for they are pickled on their way."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return cast(list[T], values)
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """Do `work` on every process; where one fails, all fail, so that none is left waiting for it.
+
+    Returns:
+        What came of it on each process, by rank.
+
+    Raises:
+        OSError, RunError: of this process's work, or else of the first that failed. What else `work` may
+            raise is not waited for.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except (OSError, RunError) as caught:
+        error = caught
+    outcomes = gather((result, error))
+    failures = [each for _, each in outcomes if each is not None]
+    if failures:
+        raise error or failures[0]
+    return [cast(T, each) for each, _ in outcomes]

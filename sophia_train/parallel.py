@@ -1,0 +1,114 @@
+"""How the processes of a run share its model: each has a copy (DDP), or a part of one (FSDP2).
+
+ddp   every process has all parameters, and gradients are averaged as the backward pass makes them
+fsdp  every process keeps 1 / W of parameters, gradients and optimizer state, and has a block's
+      parameters whole only while it needs them (Zhao et al., 2023; torch's `fully_shard`)
+hsdp  fsdp inside groups of processes, such as those of one machine; the groups have copies
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sophia_train.errors import ConfigError
+from sophia_train.models.gpt2 import GPT2
+
+Mode = Literal["ddp", "fsdp", "hsdp"]
+NoSync = Callable[[], AbstractContextManager[None]]
+
+
+def prepare(
+    model: GPT2,
+    accelerator: Accelerator,
+    mode: Mode,
+    *,
+    compiled: bool = False,
+    shard_processes: int | None = None,
+    gradient_type: torch.dtype = torch.float32,
+) -> tuple[nn.Module, NoSync]:
+    """Share a model out; its parameters are equal on all processes before.
+
+    FSDP2 changes the model itself, whose parameters become `DTensor`s: optimizers are made afterwards.
+
+    Args:
+        model: on the device of this process.
+        accelerator: from `distributed.start`, which also settles what DDP sends.
+        mode: how.
+        compiled: whether to compile it: whole, or where it is sharded block by block, between which
+            parameters come and go.
+        shard_processes: processes that share a copy in hsdp; None takes those of one machine.
+        gradient_type: in which FSDP2 sends gradients and sums them up.
+
+    Returns:
+        What to call for a forward pass whose backward pass averages gradients over processes, and a context
+        in which it leaves other processes alone.
+
+    Raises:
+        ConfigError: so many processes cannot share it in that way, or something has kept them from doing so.
+    """
+    if mode == "ddp":
+        if compiled:
+            model.compile()
+        prepared = accelerator.prepare_model(model)
+        if accelerator.num_processes > 1 and not isinstance(prepared, DistributedDataParallel):
+            raise ConfigError(
+                f"parallel=ddp, but Accelerate made it {accelerator.distributed_type.value}; "
+                "launch with torchrun, or check `accelerate config`"
+            )
+        return prepared, functools.partial(accelerator.no_sync, prepared)
+    mesh = _mesh(mode, accelerator, shard_processes)
+    narrow = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=gradient_type)
+    for block in model.transformer.h:
+        if compiled:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # The rest is one unit, so that the tied embedding is whole at both of its uses. It would stay whole after a
+    # forward pass, in wait for a backward pass, which an evaluation does not make.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    assert isinstance(model, FSDPModule)
+    return model, functools.partial(_keeping_gradients, model)
+
+
+def count_shards(mode: Mode, world_size: int, shard_processes: int | None) -> int:
+    """Return how many processes share one copy of the parameters; the arguments are those of `prepare`."""
+    if mode == "hsdp":
+        return shard_processes or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return world_size if mode == "fsdp" else 1
+
+
+def _mesh(mode: Mode, accelerator: Accelerator, shard_processes: int | None) -> DeviceMesh:
+    world_size, device = accelerator.num_processes, accelerator.device.type
+    shards = count_shards(mode, world_size, shard_processes)
+    if world_size == 1:
+        raise ConfigError(
+            f"parallel={mode}, but 1 process runs and has nobody to share with; "
+            "launch with torchrun --nproc-per-node <processes>, or use parallel=ddp"
+        )
+    if mode == "fsdp":
+        return init_device_mesh(device, (shards,), mesh_dim_names=("shard",))
+    if world_size % shards or not 1 < shards < world_size:
+        raise ConfigError(
+            f"parallel=hsdp with shard_processes={shards} of {world_size} processes: it must divide "
+            "them into several groups of 2 or more; set shard_processes, or use parallel=fsdp or ddp"
+        )
+    return init_device_mesh(device, (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+@contextlib.contextmanager
+def _keeping_gradients(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
