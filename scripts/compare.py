@@ -1,15 +1,18 @@
 """Compare runs: final loss with intervals over seeds, speed-up to a target loss, and what is unequal.
 
-    python scripts/compare.py RUN... [--baseline RUN] [--target LOSS]
+    python scripts/compare.py RUN... [--baseline RUN] [--target LOSS] [--out DIR]
 
 Runs that differ in nothing but the seed are one group. The first one's group, or that of --baseline, is what
-the others are compared with. Prints Markdown.
+the others are compared with; models of another size are compared with the group of its optimizer at that
+size. Prints Markdown; --out writes report.md, report.html, which is one file for any browser, and the figures
+as PNG and SVG.
 
   loss        validation loss at the end of the schedule; a run that was cut before is listed, and not in it
   less ...    mean difference over shared seeds; detectable is what so many seeds would show, with 80 % power
   speed-up    cost at which the baseline's mean curve is at --target, over that of each run; a bound, such as
               < 1.00, where a run never gets there
-  unequal     everything that differs between groups and is not the optimizer or its rates
+  unequal     everything that differs between groups and is not the optimizer or its rates; with --tuning, the
+              trials that went into their settings, too
 """
 
 import argparse
@@ -18,9 +21,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophia_train.command_line import Parser
-from sophia_train.compare.report import compare_groups, markdown
-from sophia_train.compare.runs import group_runs, read_run
+from sophia_train.command_line import Parser, whole_number
+from sophia_train.compare.contents import contents
+from sophia_train.compare.document import markdown
+from sophia_train.compare.groups import group_runs
+from sophia_train.compare.reference import choose
+from sophia_train.compare.report import Report, compare_sizes
+from sophia_train.compare.runs import read_run
+from sophia_train.compare.tuning import read_studies
 from sophia_train.errors import exit_code_of
 
 
@@ -38,12 +46,41 @@ def _run(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--target", type=loss, metavar="LOSS", help="of the speed-up (the baseline's mean final loss)"
     )
+    parser.add_argument(
+        "--at-step",
+        type=whole_number,
+        metavar="N",
+        help="compare there, mid-schedule, and say so everywhere (the end of each schedule)",
+    )
+    parser.add_argument(
+        "--reference",
+        nargs="+",
+        metavar="NAME",
+        help="published results to draw beside the runs, or none (paper released, for runs on OpenWebText)",
+    )
+    parser.add_argument(
+        "--tuning",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="STUDY",
+        help="folders that scripts/tune.py wrote",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write report and figures here")
     options = parser.parse_args(arguments)
     paths = {path.resolve(): path for path in (*options.runs, options.baseline) if path is not None}
-    groups = group_runs(read_run(path) for path in paths.values())
+    runs = [read_run(path, options.at_step) for path in paths.values()]
+    groups = group_runs(runs)
     first = (options.baseline or options.runs[0]).resolve()
     baseline = next(group for group in groups if any(run.path.resolve() == first for run in group.runs))
-    sys.stdout.write(markdown(compare_groups(groups, baseline, options.target)))
+    studies = [study for path in options.tuning for study in read_studies(path)]
+    comparisons = compare_sizes(groups, baseline, options.target, studies)
+    report = Report(comparisons, options.at_step, studies, choose(runs, options.reference))
+    if options.out:
+        from sophia_train.compare.publish import publish  # matplotlib, which the tables do not need
+
+        publish(report, options.out)
+    sys.stdout.write(markdown(contents(report)))
 
 
 def loss(text: str) -> float:

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sophia_train.compare.runs import SPEED, Group, Run, is_compared
+from sophia_train.compare.groups import Group
+from sophia_train.compare.runs import SPEED, Run, is_compared
+from sophia_train.compare.tuning import Study, studies_of
 
 UNKNOWN = "unknown: no checkpoint"
 
@@ -36,11 +38,15 @@ class Finding:
     values: Mapping[str, Sequence[str]]
 
 
-def unequal(groups: Sequence[Group]) -> list[Finding]:
+def unequal(groups: Sequence[Group], studies: Sequence[Study] = ()) -> list[Finding]:
     """List all that is unequal between groups, or within one, other than the optimizer and its rates.
 
     Free are the settings of `optimizer`, `hessian` and `gamma`, except which parameters are decayed. Data
     that cannot be compared, for want of a checkpoint, is listed, too.
+
+    Args:
+        groups: at least one.
+        studies: the tuning that is on record; where there is none, budgets are not compared.
     """
     facts = {group.label: [_facts(run) for run in group.runs] for group in groups}
     everything = dict.fromkeys(what for each in facts.values() for fact in each for what in fact)
@@ -52,7 +58,7 @@ def unequal(groups: Sequence[Group]) -> list[Finding]:
         found = {value for each in values.values() for value in each}
         if len(found) > 1 or UNKNOWN in found:
             findings.append(Finding(what, values))
-    return findings + _seeds(groups) + _cut(groups)
+    return findings + _tuning(groups, studies) + _seeds(groups) + _mid_schedule(groups) + _cut(groups)
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -108,11 +114,35 @@ def _seeds(groups: Iterable[Group]) -> list[Finding]:
     return findings
 
 
+def _tuning(groups: Iterable[Group], studies: Sequence[Study]) -> list[Finding]:
+    """Compare what was spent on finding the settings of each group; nothing on record is no agreement."""
+    if not studies:
+        return []
+    budgets = {
+        group.label: [study.budget for study in studies_of(group, studies)] or ["not recorded"]
+        for group in groups
+    }
+    trials = {label: sorted({budget.partition(",")[0] for budget in each}) for label, each in budgets.items()}
+    found = {trial for each in trials.values() for trial in each}
+    return [Finding("tuning budget", budgets)] if len(found) > 1 else []
+
+
+def _mid_schedule(groups: Iterable[Group]) -> list[Finding]:
+    """Name where in its schedule each group is compared, if one is before its end."""
+    if all(run.compared_step == run.total_steps for group in groups for run in group.runs):
+        return []
+    places = {
+        group.label: sorted({f"step {run.compared_step:,} of {run.total_steps:,}" for run in group.runs})
+        for group in groups
+    }
+    return [Finding("mid-schedule", places)]
+
+
 def _cut(groups: Iterable[Group]) -> list[Finding]:
     """Name the runs that ended before their schedule did, and so before the learning rate had decayed."""
     lengths = {
         group.label: [
-            f"{run.path.name} at step {run.last_step} of {run.total_steps}"
+            f"{run.path.name} at step {run.last_step} of {run.compared_step}"
             for run in group.runs
             if not run.is_complete
         ]

@@ -1,4 +1,4 @@
-"""A comparison of groups of runs: its numbers, and as Markdown."""
+"""The numbers of a comparison: each group of runs against the baseline of its size."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from sophia_train.compare.fairness import Finding, unequal
-from sophia_train.compare.runs import Group, Run
+from sophia_train.compare.groups import Group, by_size, counterpart, size_name
+from sophia_train.compare.reference import NO_REFERENCE, Reference
+from sophia_train.compare.runs import Run
 from sophia_train.compare.statistics import (
-    LEVEL,
     Cost,
     Difference,
     Interval,
@@ -18,10 +19,12 @@ from sophia_train.compare.statistics import (
     speed_up,
     t_interval,
 )
+from sophia_train.compare.tuning import Study
 from sophia_train.errors import ConfigError
 from sophia_train.trackers.base import AXES
 
-NOTHING = "-"
+NAMED = 8
+"""Most groups that are all named in figures."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ class Row:
 
     Attributes:
         group: whose.
-        final: validation loss at the end of the schedule, over seeds; None if no run got there.
+        final: validation loss where it is compared, over seeds; None if no run got there.
         difference: of that to the baseline, by seed; None for the baseline and where no seed is shared.
         reached: number of runs that reached the target.
-        speed_ups: over the baseline, by axis; empty for the baseline.
+        speed_ups: over the baseline, by axis; empty for the baseline, and where there is none.
         win_rate: mean `optim/unclipped_fraction` over steps and runs; NaN where it is not logged.
         hessian_share: mean share of the time for Hessian passes.
     """
@@ -48,67 +51,161 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
-    """A comparison.
+class Comparison:
+    """Groups of one model size, and one of them as the baseline.
 
     Attributes:
-        baseline: label of the group that others are compared with.
-        target: loss of the speed-ups, nats a token.
+        size: of the models, such as 124M.
+        parameters: the same, exactly, of the first group.
+        baseline: label of the group that others are compared with; None if none has its optimizer.
+        target: loss of the speed-ups, nats a token; NaN without a baseline.
         rows: a row for each group.
         findings: what is unequal.
     """
 
-    baseline: str
+    size: str
+    parameters: int
+    baseline: str | None
     target: float
     rows: Sequence[Row]
     findings: Sequence[Finding]
 
 
-def compare_groups(groups: Sequence[Group], baseline: Group, target: float | None = None) -> Report:
-    """Compare groups with one of them.
+@dataclass(frozen=True)
+class Report:
+    """Everything that is shown.
+
+    Attributes:
+        comparisons: one for each model size, the smallest first.
+        at_step: where the runs are compared, mid-schedule; None for the end of the schedule.
+        studies: tuning on record.
+        reference: published results beside the runs.
+    """
+
+    comparisons: Sequence[Comparison]
+    at_step: int | None = None
+    studies: Sequence[Study] = ()
+    reference: Reference = NO_REFERENCE
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those of all sizes."""
+        return [row for comparison in self.comparisons for row in comparison.rows]
+
+    @property
+    def optimizers(self) -> list[str]:
+        """Those of all groups, in their order."""
+        return list(dict.fromkeys(row.group.optimizer for row in self.rows))
+
+    @property
+    def where(self) -> str:
+        """Words for a title about where the runs are compared; none for the end of the schedule."""
+        return "" if self.at_step is None else f" at step {self.at_step:,}, mid-schedule"
+
+    @property
+    def until(self) -> str:
+        """The same behind the title of a figure."""
+        return "" if self.at_step is None else f", until step {self.at_step:,}: mid-schedule"
+
+    @property
+    def remark(self) -> str:
+        """The same as a sentence that ends a caption."""
+        return "" if self.at_step is None else f" Until step {self.at_step:,}, mid-schedule."
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those of all groups."""
+        return [run for row in self.rows for run in row.group.runs]
+
+
+def compare_sizes(
+    groups: Sequence[Group],
+    baseline: Group,
+    target: float | None = None,
+    studies: Sequence[Study] = (),
+) -> list[Comparison]:
+    """Compare groups size by size.
+
+    At a size that is not the baseline's, its `counterpart` is in its place.
+
+    Raises:
+        ConfigError: a baseline has no finite loss where it is compared, or the target is not below where a
+            run starts, or is one number for several sizes.
+    """
+    sizes = by_size(groups)
+    if len(sizes) > 1 and target is not None:
+        named = ", ".join(size_name(each[0].parameters) for each in sizes)
+        raise ConfigError(
+            f"--target {target} is one loss for models of {named}; leave it out, or give runs of one size"
+        )
+    return [compare_groups(each, counterpart(baseline, each), target, studies) for each in sizes]
+
+
+def compare_groups(
+    groups: Sequence[Group],
+    baseline: Group | None,
+    target: float | None = None,
+    studies: Sequence[Study] = (),
+) -> Comparison:
+    """Compare groups of one size with one of them.
 
     Args:
         groups: all of them, the baseline with them.
-        baseline: has a run with a finite loss at the end of its schedule.
+        baseline: has a run with a finite loss where it is compared; None to give losses only.
         target: loss in nats a token to measure speed-ups to; None for the baseline's mean final loss.
+        studies: the tuning that is on record.
 
     Raises:
         ConfigError: the baseline has no such run, or the target is not below where a run starts.
     """
-    finals = {group.label: {s: run.final_loss for s, run in group.complete.items()} for group in groups}
-    if not finals[baseline.label]:
-        raise ConfigError(
-            f"the baseline, {baseline.label}, has no run with a finite loss at the end of its schedule; "
-            "let one go on to its end, or choose another --baseline"
-        )
-    if target is None:
-        target = fmean(finals[baseline.label].values())
-    for group in groups:
-        for run in group.runs:
-            if not run.curve[0]["val/loss"] > target and math.isfinite(run.curve[0]["val/loss"]):
-                raise ConfigError(
-                    f"the target, {target:.4f}, is not below the first loss of {run.path}; "
-                    "choose a lower --target"
-                )
-    curve = mean_curve(list(baseline.complete.values()))
-    reference = {axis: _cost(target, curve, axis) for axis in AXES}
+    reference: dict[str, Cost] = {}
+    if baseline is None:
+        target = math.nan
+    else:
+        target = _target(groups, baseline, target)
+        curve = mean_curve(list(baseline.complete.values()))
+        reference = {axis: _cost(target, curve, axis) for axis in AXES}
+    theirs = {} if baseline is None else _finals(baseline)
     rows = []
     for group in groups:
-        mine = finals[group.label]
-        is_baseline = group is baseline
+        mine = _finals(group)
+        others = {} if group is baseline else reference
         costs = {axis: [_cost(target, run.curve, axis) for run in group.runs] for axis in AXES}
         rows.append(
             Row(
                 group,
                 t_interval(list(mine.values())) if mine else None,
-                None if is_baseline else paired_difference(mine, finals[baseline.label]),
+                paired_difference(mine, theirs) if others else None,
                 sum(not cost.censored for cost in costs["step"]),
-                {} if is_baseline else {axis: speed_up(reference[axis], costs[axis]) for axis in AXES},
+                {axis: speed_up(cost, costs[axis]) for axis, cost in others.items()},
                 _mean(group, lambda run: run.unclipped_fraction),
                 _mean(group, lambda run: run.hessian_share),
             )
         )
-    return Report(baseline.label, target, rows, unequal(groups))
+    parameters = groups[0].parameters
+    label = None if baseline is None else baseline.label
+    return Comparison(size_name(parameters), parameters, label, target, rows, unequal(groups, studies))
+
+
+def best_by_optimizer(rows: Sequence[Row]) -> dict[str, Row]:
+    """The row of the lowest final loss of each optimizer, which is what its tuning found.
+
+    Args:
+        rows: of one size.
+    """
+    found: dict[str, Row] = {}
+    for row in rows:
+        best = found.get(row.group.optimizer)
+        if row.final and (best is None or best.final is None or row.final.mean < best.final.mean):
+            found[row.group.optimizer] = row
+    return found
+
+
+def named_rows(comparison: Comparison) -> list[Row]:
+    """The rows that figures name: all, or if there are more than `NAMED`, the best of each optimizer."""
+    if len(comparison.rows) <= NAMED:
+        return list(comparison.rows)
+    return list(best_by_optimizer(comparison.rows).values())
 
 
 def mean_curve(runs: Sequence[Run]) -> list[dict[str, float]]:
@@ -116,51 +213,41 @@ def mean_curve(runs: Sequence[Run]) -> list[dict[str, float]]:
 
     Args:
         runs: at least one, and all with an evaluation at the same last step.
+
+    Returns:
+        The means by axis and of `val/loss`, and its `lowest` and `highest` over runs.
     """
     by_step = [{int(point["step"]): point for point in run.curve} for run in runs]
     shared = sorted(set.intersection(*(set(each) for each in by_step)))
-    keys = (*AXES, "val/loss")
-    return [{key: fmean(each[step][key] for each in by_step) for key in keys} for step in shared]
+    curve = []
+    for step in shared:
+        points = [each[step] for each in by_step]
+        mean = {key: fmean(point[key] for point in points) for key in (*AXES, "val/loss")}
+        losses = [point["val/loss"] for point in points]
+        curve.append({**mean, "lowest": min(losses), "highest": max(losses)})
+    return curve
 
 
-def markdown(report: Report) -> str:
-    """Write a comparison as Markdown."""
-    lines = [
-        "## Final validation loss",
-        "",
-        f"Nats a token at the end of the schedule; {100 * LEVEL:g} % intervals over seeds.",
-        "",
-        *_table(
-            ["", "seeds", "loss", "interval", f"less {report.baseline}", "interval", "detectable", "win rate"]
-            + ["time for Hessian"],
-            [_final_cells(row, report.baseline) for row in report.rows],
-        ),
-        "",
-        "Differences are paired by seed: Student's t below 10 seeds, bootstrap from there. Detectable is the "
-        "true difference that would show at 5 % in 80 % of such comparisons.",
-        "",
-        f"## Speed-up to a loss of {report.target:.4f}",
-        "",
-        f"{report.baseline}'s mean curve over each run's own, a geometric mean with its interval over seeds; "
-        "the baseline's own spread is not in it. A bound (<, >) where a run never reaches the loss.",
-        "",
-        *_table(
-            ["", "reach it", "steps", "tokens", "FLOPs", "seconds"],
-            [_speed_cells(row, report.baseline) for row in report.rows],
-        ),
-        "",
-    ]
-    left_out = [(row.group, run) for row in report.rows for run in row.group.runs if not run.is_comparable]
-    if left_out:
-        lines += ["## Not in the final losses", ""]
-        lines += [f"- {run.path} ({group.label}): {_why(run)}" for group, run in left_out]
-        lines.append("")
-    lines += ["## Unequal beyond the optimizer and its rates", ""]
-    for finding in report.findings:
-        values = (f"{', '.join(each) or 'none'} ({label})" for label, each in finding.values.items())
-        lines.append(f"- **{finding.what}**: {'; '.join(values)}")
-    lines += [] if report.findings else ["Nothing."]
-    return "\n".join(lines) + "\n"
+def _finals(group: Group) -> dict[int, float]:
+    return {seed: run.final_loss for seed, run in group.complete.items()}
+
+
+def _target(groups: Sequence[Group], baseline: Group, target: float | None) -> float:
+    """Check the baseline and the loss of the speed-ups; the baseline's mean final loss if there is none."""
+    if baseline.final_loss is None:
+        raise ConfigError(
+            f"the baseline, {baseline.label}, has no run with a finite loss where it is compared; "
+            "let one go on to its end, or choose another --baseline"
+        )
+    target = baseline.final_loss if target is None else target
+    for group in groups:
+        for run in group.runs:
+            if not run.curve[0]["val/loss"] > target and math.isfinite(run.curve[0]["val/loss"]):
+                raise ConfigError(
+                    f"the target, {target:.4f}, is not below the first loss of {run.path}; "
+                    "choose a lower --target"
+                )
+    return target
 
 
 def _cost(target: float, curve: Sequence[Mapping[str, float]], axis: str) -> Cost:
@@ -171,63 +258,3 @@ def _mean(group: Group, value: Callable[[Run], float]) -> float:
     """Average over the runs that have it."""
     values = [value(run) for run in group.runs if math.isfinite(value(run))]
     return fmean(values) if values else math.nan
-
-
-def _why(run: Run) -> str:
-    if run.is_complete:
-        return "its final loss is not finite"
-    at = f"cut at step {run.last_step:,} of {run.total_steps:,}, loss {run.final_loss:.4f} mid-schedule"
-    return f"{at} ({run.reason})"
-
-
-def _final_cells(row: Row, baseline: str) -> list[str]:
-    cells = [row.group.label, f"{len(row.group.complete)} of {len(row.group.runs)}"]
-    cells += [f"{row.final.mean:.4f}", _ends(row.final, ".4f")] if row.final else [NOTHING, NOTHING]
-    if row.difference is not None:
-        interval = row.difference.interval
-        cells += [f"{interval.mean:+.4f}", f"{_ends(interval, '+.4f')}{_method(row.difference)}"]
-        cells.append(_number(row.difference.detectable, ".4f"))
-    else:
-        cells += [_no_difference(row, baseline), NOTHING, NOTHING]
-    return [*cells, _number(row.win_rate, ".2f"), _number(row.hessian_share, ".1%").replace("%", " %")]
-
-
-def _no_difference(row: Row, baseline: str) -> str:
-    if row.group.label == baseline:
-        return "baseline"
-    return NOTHING if row.final is None else "no shared seed"
-
-
-def _speed_cells(row: Row, baseline: str) -> list[str]:
-    cells = [row.group.label, f"{row.reached} of {len(row.group.runs)}"]
-    if row.group.label == baseline:
-        return [*cells, *["baseline"] * len(AXES)]
-    return [*cells, *(_speed(row.speed_ups[axis]) for axis in ("step", "tokens", "flops", "seconds"))]
-
-
-def _speed(found: SpeedUp) -> str:
-    if found.relation == "?":
-        return NOTHING
-    if found.relation != "=":
-        return f"{found.relation} {found.interval.mean:.2f}"
-    ends = _ends(found.interval, ".2f")
-    return f"{found.interval.mean:.2f}" + ("" if ends == NOTHING else f" ({ends})")
-
-
-def _ends(interval: Interval, form: str) -> str:
-    if math.isnan(interval.low):
-        return NOTHING
-    return f"{interval.low:{form}} to {interval.high:{form}}"
-
-
-def _method(difference: Difference) -> str:
-    return f", {difference.method}, n = {difference.interval.n}" if difference.interval.n > 1 else ""
-
-
-def _number(value: float, form: str) -> str:
-    return f"{value:{form}}" if math.isfinite(value) else NOTHING
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

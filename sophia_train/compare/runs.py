@@ -2,19 +2,31 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from sophia_train import checkpoint
 from sophia_train.errors import ConfigError, DataError, MissingInputError
+from sophia_train.models.gpt2 import GPT2Config
 from sophia_train.state import may_change
 from sophia_train.trackers.base import AXES
 from sophia_train.trackers.jsonl import FILE_NAME, read_metrics
 
-SPEED = frozenset({"activation_checkpointing", "compile", "compile_cache", "micro_batch_size", "processes"})
+SPEED = frozenset(
+    {
+        "activation_checkpointing",
+        "compile",
+        "compile_cache",
+        "micro_batch_size",
+        "parallel",
+        "processes",
+        "save_in_background",
+        "shard_processes",
+    }
+)
 """Settings of which only the seconds depend, up to rounding."""
 
 REQUIRED = {"seed": int, "batch_size": int, "model.block_size": int, "optimizer._target_": str}
@@ -28,7 +40,9 @@ class Run:
     Attributes:
         path: its folder.
         settings: its resolved settings, nested ones under dotted keys.
+        parameters: number of its model's, embeddings included.
         total_steps: length of its schedule.
+        compared_step: where it is compared: the end of its schedule, or an earlier step that was asked for.
         curve: its evaluations in order: `step`, `tokens`, `seconds`, `flops`, and `val/loss` in nats a token,
             which may be NaN.
         unclipped_fraction: mean over the logged steps, the win rate; NaN if it was not logged.
@@ -41,7 +55,9 @@ class Run:
 
     path: Path
     settings: Mapping[str, Any]
+    parameters: int
     total_steps: int
+    compared_step: int
     curve: Sequence[Mapping[str, float]]
     unclipped_fraction: float
     hessian_share: float
@@ -61,12 +77,12 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it was evaluated at the end of its schedule."""
-        return self.last_step == self.total_steps
+        """Whether it was evaluated at the step where it is compared."""
+        return self.last_step == self.compared_step
 
     @property
     def is_comparable(self) -> bool:
-        """Whether it has a finite loss at the end of its schedule."""
+        """Whether it has a finite loss at the step where it is compared."""
         return self.is_complete and math.isfinite(self.final_loss)
 
     @property
@@ -75,41 +91,25 @@ class Run:
         return self.curve[-1]["val/loss"]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in nothing but the seed, by increasing seed.
-
-    Attributes:
-        label: names what sets it apart from the other groups.
-        runs: at least one.
-    """
-
-    label: str
-    runs: tuple[Run, ...]
-
-    @property
-    def complete(self) -> dict[int, Run]:
-        """Those with a finite loss at the end of their schedule, by seed."""
-        return {run.seed: run for run in self.runs if run.is_comparable}
-
-
-def read_run(path: Path) -> Run:
+def read_run(path: Path, at_step: int | None = None) -> Run:
     """Read a run folder.
 
+    Args:
+        path: the folder.
+        at_step: compare there, in the middle of the schedule, and see nothing of what came after; None for
+            the end of the schedule.
+
     Raises:
+        ConfigError: the run is shorter than `at_step`, or was not evaluated until then.
         MissingInputError: it has no `metrics.jsonl` or no `config.json`.
         DataError: one of its files was cut, altered, or is something else; names file and line.
     """
     records = _records(path / FILE_NAME)
-    config = _json(path / "config.json", needed=True)
-    curve = [
-        {key: float(record[key]) for key in (*AXES, "val/loss")} for record in records if "val/loss" in record
-    ]
-    if not curve:
-        raise DataError(f"{path / FILE_NAME} has no val/loss; let the run go on to its first evaluation")
+    config = read_json(path / "config.json", needed=True)
     settings = leaves(config)
     try:
         total_steps = _total_steps(settings)
+        parameters = _parameters(settings)
         for key, kind in REQUIRED.items():
             if type(settings[key]) is not kind:
                 raise TypeError(f"{key}={settings[key]!r}")
@@ -117,41 +117,33 @@ def read_run(path: Path) -> Run:
         raise DataError(
             f"{path / 'config.json'} is not of a run ({type(error).__name__}: {error}); give a run folder"
         ) from None
+    if at_step is not None and at_step > total_steps:
+        raise ConfigError(
+            f"--at-step {at_step} is beyond the {total_steps} steps of {path}; choose a lower one"
+        )
+    compared_step = at_step or total_steps
+    records = [record for record in records if record["step"] <= compared_step]
+    curve = [
+        {key: float(record[key]) for key in (*AXES, "val/loss")} for record in records if "val/loss" in record
+    ]
+    if not curve and at_step is not None:
+        raise ConfigError(f"{path} was not evaluated up to --at-step {at_step}; choose a higher one")
+    if not curve:
+        raise DataError(f"{path / FILE_NAME} has no val/loss; let the run go on to its first evaluation")
     newest = checkpoint.latest(path / "checkpoints")
     return Run(
         path=path,
         settings=settings,
+        parameters=parameters,
         total_steps=total_steps,
+        compared_step=compared_step,
         curve=curve,
         unclipped_fraction=_mean(records, "optim/unclipped_fraction"),
         hessian_share=_mean(records, "perf/hessian_share"),
         fingerprints={} if newest is None else checkpoint.read_manifest(newest).get("data", {}),
-        environment=_json(path / "environment.json", needed=False),
-        reason=str(_json(path / "status.json", needed=False).get("reason", "not ended")),
+        environment=read_json(path / "environment.json", needed=False),
+        reason=str(read_json(path / "status.json", needed=False).get("reason", "not ended")),
     )
-
-
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Put runs that differ in nothing but the seed together, in the order of each group's first run.
-
-    Names, folders, the machine, and settings that change the speed only do not count; the data's place does
-    not where a checkpoint says which tokens they were.
-
-    Raises:
-        ConfigError: two runs of a group have the same seed: they are one sample, not two.
-    """
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(_identity(run), []).append(run)
-    members = [tuple(sorted(each, key=lambda run: run.seed)) for each in found.values()]
-    for each in members:
-        for first, second in zip(each, each[1:], strict=False):
-            if first.seed == second.seed:
-                raise ConfigError(
-                    f"{first.path} and {second.path} have the same settings and seed={first.seed}; "
-                    "leave one of them out"
-                )
-    return [Group(label, each) for label, each in zip(_labels(members), members, strict=True)]
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -185,8 +177,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
         )
     before = -1
     for number, record in enumerate(records, 1):
-        wrong = [key for key in AXES if not _is_number(record.get(key)) or not math.isfinite(record[key])]
-        if "val/loss" in record and not _is_number(record["val/loss"]):
+        wrong = [key for key in AXES if not is_number(record.get(key)) or not math.isfinite(record[key])]
+        if "val/loss" in record and not is_number(record["val/loss"]):
             wrong.append("val/loss")
         if wrong:
             raise DataError(f"{path}, line {number}: no number for {', '.join(wrong)}; give a run's own file")
@@ -199,16 +191,23 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number of JSON that a float can hold; True and False are none."""
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
-def _json(path: Path, *, needed: bool) -> dict[str, Any]:
+def read_json(path: Path, *, needed: bool) -> dict[str, Any]:
+    """Read an object; an empty one if there is no file and none is needed.
+
+    Raises:
+        MissingInputError: it is needed and not there.
+        DataError: it is no JSON object; names file and line.
+    """
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         if needed:
-            raise MissingInputError(f"{path} is not there; give the folder of a run") from None
+            raise MissingInputError(f"{path} is not there; give the folder that has it") from None
         return {}
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: {error.msg}; restore the file") from None
@@ -230,47 +229,16 @@ def _total_steps(settings: Mapping[str, Any]) -> int:
     return min(lengths)
 
 
+def _parameters(settings: Mapping[str, Any]) -> int:
+    """Count what `GPT2` has, without building it: a large one takes seconds."""
+    sizes = {field.name: settings.get(f"model.{field.name}", field.default) for field in fields(GPT2Config)}
+    model = GPT2Config(**sizes)
+    C, bias = model.n_embd, model.bias
+    block = 12 * C * C + 2 * C + 11 * C * bias  # attention 4 C^2, MLP 8 C^2, two norms; their biases
+    return model.n_layer * block + (model.padded_vocab_size + model.block_size + 1 + bias) * C
+
+
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:
-    values = [record[key] for record in records if _is_number(record.get(key))]
+    values = [record[key] for record in records if is_number(record.get(key))]
     values = [value for value in values if math.isfinite(value)]
     return fmean(values) if values else math.nan
-
-
-def _identity(run: Run) -> str:
-    same = {key: value for key, value in run.settings.items() if is_compared(key)}
-    data = run.fingerprints or run.settings.get("data.path")
-    return json.dumps([same, run.total_steps, data], sort_keys=True)
-
-
-def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
-    """Name each group for its optimizer and estimator and, among those alike, for what else differs."""
-    first = [each[0] for each in members]
-    names = [_optimizer(run) for run in first]
-    labels = []
-    for name, run in zip(names, first, strict=True):
-        alike = [other for other, others_name in zip(first, names, strict=True) if others_name == name]
-        settings = [_shown(other) for other in alike]
-        keys = sorted({key for each in settings for key in each})
-        differing = [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
-        mine = _shown(run)
-        parts = [f"{key.removeprefix('optimizer.')}={mine.get(key)}" for key in differing]
-        labels.append(" ".join([name, *parts]))
-    doubles = {label for label in labels if labels.count(label) > 1}  # the same settings on other tokens
-    return [
-        f"{label} ({run.path.name})" if label in doubles else label
-        for label, run in zip(labels, first, strict=True)
-    ]
-
-
-def _optimizer(run: Run) -> str:
-    name, estimator = (
-        str(run.settings.get(f"{part}._target_", "")).rpartition(".")[2] for part in ("optimizer", "hessian")
-    )
-    return name if estimator in ("", "NoHessian") else f"{name} {estimator}"
-
-
-def _shown(run: Run) -> dict[str, Any]:
-    return {
-        "steps": run.total_steps,
-        **{key: value for key, value in run.settings.items() if is_compared(key)},
-    }

@@ -70,3 +70,31 @@ def write_run(folder, *, losses=LOSSES, data=DATA, environment=ENVIRONMENT, inte
             folder / "checkpoints", step, model, torch.optim.SGD(model.parameters(), 1.0), {"data": data}
         )
     return folder
+
+
+def write_study(folder, *, losses=(3.5, None, 3.2, 3.3), best=(), pruned=(), **settings):
+    """Write the tuning of one optimizer as `scripts/tune.py` does, with the config of its best run.
+
+    Such as `write_study(folder, best=["optimizer.lr=0.001"], **SOPHIA)`; `losses` has None where a trial
+    diverged, `pruned` the numbers of those that were given up.
+    """
+    states = [
+        "pruned" if n in pruned else "failed" if loss is None else "complete" for n, loss in enumerate(losses)
+    ]
+    history = [
+        {"trial": number, "overrides": [], "loss": loss, "flops": 1e12, "seconds": 1.0, "state": state}
+        for number, (loss, state) in enumerate(zip(losses, states, strict=True))
+    ]
+    complete = [each for each in history if each["state"] == "complete"]
+    number = min(complete, key=lambda each: each["loss"])["trial"] if complete else 0
+    run = write_run(folder / f"trial_{number:03d}", data=None, **settings)
+    record = {
+        "format_version": 1,
+        "optimizer": folder.name,
+        "trials": len(losses),
+        "flops": 1e12 * len(losses),
+        "best": {"overrides": list(best), "loss": losses[number], "run": run.name} if complete else None,
+        "history": history,
+    }
+    (folder / "tuning.json").write_text(json.dumps(record, indent=2))
+    return folder

@@ -1,28 +1,15 @@
 """Comparing runs on the command line: grouping, the tables, and files that are not of a run."""
 
 import json
-import runpy
 import sys
-from pathlib import Path
 
 import pytest
 from synthetic_runs import LOSSES, SOPHIA
 
+from sophia_train.compare.groups import group_runs, optimizer_name
 from sophia_train.compare.report import compare_groups
-from sophia_train.compare.runs import group_runs, read_run
+from sophia_train.compare.runs import read_run
 from sophia_train.errors import ConfigError
-
-
-@pytest.fixture
-def compare(capsys):
-    """Run the script: returns its exit code, what it printed, and its error line."""
-    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "compare.py"))["main"]
-
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def cells(text, heading):
@@ -30,18 +17,6 @@ def cells(text, heading):
     lines = text.partition(f"## {heading}")[2].partition("\n## ")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {row[0]: row[1:] for row in rows[2:]}
-
-
-def shifted(by):
-    return tuple(loss + by for loss in LOSSES)
-
-
-@pytest.fixture
-def two_groups(make_run):
-    """AdamW at 3.0, 3.1, 3.2 and Sophia 0.1, 0.2, 0.3 below it, by seed."""
-    adamw = [make_run(f"a{s}", seed=s, losses=shifted(0.1 * (s - 1))) for s in (1, 2, 3)]
-    sophia = [make_run(f"s{s}", seed=s, losses=shifted(-0.1), **SOPHIA) for s in (1, 2, 3)]
-    return adamw, sophia
 
 
 def test_the_tables(compare, two_groups):
@@ -56,7 +31,7 @@ def test_the_tables(compare, two_groups):
     speed = cells(out, "Speed-up to a loss of 3.1000")
     assert speed["Sophia GNB"] == ["3 of 3", *["1.33 (1.33 to 1.33)"] * 4]
     assert speed["AdamW"][:2] == ["2 of 3", "baseline"]
-    assert out.endswith("Nothing.\n")
+    assert out.partition("## Unequal beyond")[2].split("\n\n")[2] == "Nothing."
 
 
 def test_another_baseline_and_runs_that_never_get_there(compare, two_groups):
@@ -197,3 +172,19 @@ def test_a_missing_scipy_is_named_with_its_installation(compare, make_run, monke
     monkeypatch.setitem(sys.modules, "scipy", None)
     code, _, err = compare(make_run("a1", seed=1), make_run("a2", seed=2))
     assert code == 69 and "sophia_train[compare]" in err
+
+
+def test_a_label_lists_few_settings_and_else_names_the_folder(make_run):
+    many = {"lr": 5e-3, "betas": [0.9, 0.99], "eps": 1e-10, "fused": True}
+    folders = [make_run("a1"), make_run("b1", **{f"optimizer.{key}": value for key, value in many.items()})]
+    assert [group.label for group in group_runs(map(read_run, folders))] == ["AdamW (a1)", "AdamW (b1)"]
+
+
+def test_optimizers_are_named_for_their_classes():
+    names = {"optimizer._target_": "torch.optim.Muon", "optimizer.lr": 1e-3}
+    others = {"optimizer.others.adamw._target_": "torch.optim.AdamW"}
+    hessian = {"hessian._target_": "sophia_train.hessian.empirical_fisher.EmpiricalFisher"}
+    assert optimizer_name({**names, "hessian._target_": "x.NoHessian"}) == "Muon"
+    assert optimizer_name({**names, **others}) == "Muon + AdamW"
+    sophia = {"optimizer._target_": "sophia_train.optim.sophia.Sophia", **hessian}
+    assert optimizer_name({**sophia, **others}) == "Sophia EmpiricalFisher + AdamW"

@@ -6,7 +6,8 @@ import pytest
 from synthetic_runs import DATA, ENVIRONMENT, LOSSES, SOPHIA
 
 from sophia_train.compare.fairness import unequal
-from sophia_train.compare.runs import Group, group_runs, read_run
+from sophia_train.compare.groups import Group, group_runs
+from sophia_train.compare.runs import read_run
 
 
 def found(*folders):
