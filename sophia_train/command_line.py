@@ -1,6 +1,8 @@
 """The command line around Hydra's overrides: its flags and its help."""
 
 import argparse
+import itertools
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,23 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """Read the value of an option that measures something: finite and above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def before_and_after_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part a script's own arguments from the overrides of runs, which stand behind `--`."""
+    own = list(itertools.takewhile(lambda word: word != "--", arguments))
+    return own, list(arguments[len(own) + 1 :])
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Split the arguments into flags and overrides.
 
@@ -36,10 +55,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cfg", "-c", choices=["job"])
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--launcher", default="basic")
     parser.add_argument("--config-dir", "-cd", type=Path)
     options = parser.parse_intermixed_args(arguments)
     if options.multirun and options.cfg:
         raise ConfigError("--cfg=job shows one run and -m starts several; use one of them")
+    if options.launcher != "basic" and not options.multirun:
+        raise ConfigError(f"--launcher={options.launcher} starts several runs; use it with -m")
     return options
 
 
@@ -75,6 +97,9 @@ flags:
                        as optimizer.lr; --resolve also fills in references
   -m                   one run after the other for each combination of values
                        that are separated by commas
+  --launcher NAME      how -m starts them: basic, one after the other;
+                       joblib:n_jobs=2, side by side on this machine; or
+                       submitit:timeout_min=600,slurm_partition=gpu, on Slurm
   --config-dir FOLDER  search YAML files of your own before the built-in ones,
                        such as FOLDER/experiment/mine.yaml
 

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from sophia_train import command_line
 from sophia_train.config import CONFIGS, RunConfig, compose, expand, run_config
 from sophia_train.errors import ConfigError, exit_code_of
-from sophia_train.sweep import run_in_turn
+from sophia_train.processes import train_command
+from sophia_train.sweep import sweep
 
 Task = Callable[[RunConfig], int | None]
 
@@ -40,10 +41,8 @@ def _run(arguments: Sequence[str], task: Task) -> int:
                 f"-m with WORLD_SIZE={os.environ['WORLD_SIZE']}: a sweep starts its runs one by one; "
                 "leave -m out, or start it without a launcher"
             )
-        program = [sys.executable, "-m", "sophia_train"]
-        if options.config_dir is not None:
-            program += ["--config-dir", str(options.config_dir)]
-        return run_in_turn([[*program, *job] for job in expand(options.overrides, options.config_dir)])
+        jobs = expand(options.overrides, options.config_dir)
+        return sweep([train_command(job, options.config_dir) for job in jobs], options.launcher)
     # Hydra composes and does not start the run: what was checked is what runs, and only the run writes.
     config = compose(options.overrides, options.config_dir)
     if options.cfg:

@@ -54,9 +54,17 @@ def prepare(
         in which it leaves other processes alone.
 
     Raises:
-        ConfigError: so many processes cannot share it in that way, or something has kept them from doing so.
+        ConfigError: as `count_shards`, or Accelerate has not made it what was asked for.
     """
     if mode == "ddp":
+        if (
+            gradient_type is torch.bfloat16
+            and accelerator.num_processes > 1
+            and accelerator.device.type == "cpu"
+        ):
+            raise ConfigError(
+                "gradient_type=bf16: DDP sends it between GPUs only; use fp32, or parallel=fsdp"
+            )
         if compiled:
             model.compile()
         prepared = accelerator.prepare_model(model)
@@ -73,36 +81,43 @@ def prepare(
         if compiled:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The rest is one unit, so that the tied embedding is whole at both of its uses. It would stay whole after a
-    # forward pass, in wait for a backward pass, which an evaluation does not make.
+    # The rest is one unit, so that the tied embedding is whole at both of its uses. It would stay whole after
+    # a forward pass, in wait for a backward pass, which an evaluation does not make.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     assert isinstance(model, FSDPModule)
     return model, functools.partial(_keeping_gradients, model)
 
 
 def count_shards(mode: Mode, world_size: int, shard_processes: int | None) -> int:
-    """Return how many processes share one copy of the parameters; the arguments are those of `prepare`."""
-    if mode == "hsdp":
-        return shard_processes or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return world_size if mode == "fsdp" else 1
+    """Return how many processes share one copy of the parameters; the arguments are those of `prepare`.
 
-
-def _mesh(mode: Mode, accelerator: Accelerator, shard_processes: int | None) -> DeviceMesh:
-    world_size, device = accelerator.num_processes, accelerator.device.type
-    shards = count_shards(mode, world_size, shard_processes)
+    Raises:
+        ConfigError: so many processes cannot share it in that way.
+    """
+    if mode == "ddp":
+        return 1
     if world_size == 1:
         raise ConfigError(
             f"parallel={mode}, but 1 process runs and has nobody to share with; "
             "launch with torchrun --nproc-per-node <processes>, or use parallel=ddp"
         )
     if mode == "fsdp":
-        return init_device_mesh(device, (shards,), mesh_dim_names=("shard",))
+        return world_size
+    shards = shard_processes or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if world_size % shards or not 1 < shards < world_size:
         raise ConfigError(
             f"parallel=hsdp with shard_processes={shards} of {world_size} processes: it must divide "
             "them into several groups of 2 or more; set shard_processes, or use parallel=fsdp or ddp"
         )
-    return init_device_mesh(device, (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
+    return shards
+
+
+def _mesh(mode: Mode, accelerator: Accelerator, shard_processes: int | None) -> DeviceMesh:
+    shards = count_shards(mode, accelerator.num_processes, shard_processes)
+    device, copies = accelerator.device.type, accelerator.num_processes // shards
+    if mode == "hsdp":
+        return init_device_mesh(device, (copies, shards), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device, (shards,), mesh_dim_names=("shard",))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from sophia_train import schema_check
+from sophia_train import parallel, schema_check
 from sophia_train.data.base import Data
 from sophia_train.errors import ConfigError, MissingInputError
 from sophia_train.hessian.base import Estimator, NoHessian
@@ -275,6 +275,8 @@ def _check_parallel(config: RunConfig) -> None:
             f"shard_processes={config.shard_processes} is for parallel=hsdp, but parallel={config.parallel}; "
             "leave one out"
         )
+    if config.processes is not None:
+        parallel.count_shards(config.parallel, config.processes, config.shard_processes)
     modes = [f"parallel={config.parallel}"] if config.parallel != "ddp" else []
     estimator: Estimator = build(config.hessian)
     for mode in modes + ["strict=true"] * config.strict:

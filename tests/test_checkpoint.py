@@ -259,7 +259,8 @@ FORBIDDEN = {
     ("pickle",),
     ("dill",),
     ("cloudpickle",),
-    ("joblib",),
+    ("joblib", "load"),
+    ("joblib", "dump"),
     ("shelve",),
     ("marshal",),
 }

@@ -93,6 +93,16 @@ def run_out_of_memory(step: int) -> None:
     at_step(step, lambda: setattr(GPT2, "forward", forward))
 
 
+def fill_disk(name: str) -> None:
+    """Let every write to a file whose name begins so meet a full disk."""
+
+    def before(operation: str, path: Path) -> None:
+        if operation == "write" and path.name.startswith(name):
+            raise OSError(28, "No space left on device", str(path))
+
+    durable.before = before
+
+
 def look_at(pid_file: str, state_file: str) -> None:
     """Note in which state another process is one second into the last of this one's writing."""
 
@@ -120,6 +130,7 @@ HOOKS = {
         pause,
         spoil_gradient,
         run_out_of_memory,
+        fill_disk,
         look_at,
         hide_package,
     )

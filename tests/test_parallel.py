@@ -1,0 +1,147 @@
+"""Runs whose processes share one model: what they write is what a run of one process writes."""
+
+import json
+import runpy
+import shutil
+
+import pytest
+import torch
+from support import ROOT, TINY, launch_together, records, result
+
+from sophia_train import checkpoint
+from sophia_train.models import convert
+
+LENGTH = ["batch_size=8", "micro_batch_size=2", "sample_interval=3", "sample_tokens=12", "max_steps=6"]
+
+
+@pytest.fixture(scope="module")
+def launch(runs, token_files):
+    def run(processes, *overrides, **options):
+        arguments = [*TINY, *LENGTH, f"data.path={token_files}", *overrides]
+        if "optimizer=adamw" in overrides:
+            arguments.remove("hessian.interval=2")
+        return launch_together(runs, processes, *arguments, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(launch, tmp_path_factory):
+    """The folder of the run on one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert [each.code for each in launch(1, f"run_dir={folder}", "optimizer=sophia_g")] == [0]
+    return folder
+
+
+def close(found, expected, path=""):
+    assert found.keys() == expected.keys(), path
+    for key, value in expected.items():
+        if isinstance(value, float):
+            assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-6), (path, key)
+        else:
+            assert found[key] == value, (path, key)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel=fsdp"],
+        ["parallel=hsdp", "shard_processes=2"],
+        ["parallel=fsdp", "activation_checkpointing=blocks", "save_in_background=true"],
+        ["parallel=ddp", "save_in_background=true"],
+    ],
+    ids=" ".join,
+)
+def test_on_four_processes_it_is_the_same_run(overrides, launch, alone, tmp_path):
+    folder = tmp_path / "run"
+    ended = launch(4, f"run_dir={folder}", "optimizer=sophia_g", *overrides)
+    assert [each.code for each in ended] == [0] * 4, ended
+    assert [each.err for each in ended[1:]] == [""] * 3
+    for found, expected in zip(records(folder), records(alone), strict=True):
+        close(found, expected, expected["step"])
+    found, expected = result(folder), result(alone)
+    assert found["state"] == expected["state"] and found["temporary"] == []
+    assert found["samples"].keys() == expected["samples"].keys()
+    parts = 2 if "parallel=hsdp" in overrides else 4
+    names = [
+        f"{k}-{n:05d}-of-{parts:05d}.safetensors" for k in ("model", "optimizer") for n in range(1, parts + 1)
+    ]
+    assert sorted(found["files"]) == sorted(names)
+    ours, theirs = (checkpoint.load_weights(each)[0] for each in (folder, alone))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sharded(launch, tmp_path_factory):
+    """A finished run on four processes that shared its model."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    ended = launch(4, f"run_dir={folder}", "parallel=fsdp", "optimizer=adamw")
+    assert [each.code for each in ended] == [0] * 4, ended
+    return folder
+
+
+def test_sharded_weights_go_out_as_one_folder(sharded, tmp_path, capsys):
+    export = runpy.run_path(str(ROOT / "scripts" / "export_hf.py"))["main"]
+    assert export([str(sharded), "--out", str(tmp_path / "out")]) == 0
+    weights = checkpoint.load_weights(sharded)[0]
+    exported = convert.load_folder(tmp_path / "out")[1]
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+def test_sharded_weights_are_started_from(sharded, launch, tmp_path):
+    ended = launch(1, f"run_dir={tmp_path / 'run'}", f"init_from={sharded}", "optimizer=adamw", "max_steps=3")
+    assert ended[0].code == 0, ended
+    first = records(tmp_path / "run")[0]
+    assert first["val/loss"] == pytest.approx(records(sharded)[-1]["val/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("victim", ["model-00002-of-00004", "optimizer-00004-of-00004"])
+def test_a_damaged_part_is_refused_by_all(victim, sharded, launch, tmp_path):
+    shutil.copytree(sharded, tmp_path / "run")
+    path = checkpoint.latest(tmp_path / "run" / "checkpoints") / f"{victim}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    ended = launch(4, f"run_dir={tmp_path / 'run'}", "parallel=fsdp", "optimizer=adamw")
+    assert [each.code for each in ended] == [65] * 4, ended
+    assert victim in ended[0].errors[0] and "sha256" in ended[0].errors[0]
+
+
+def test_a_disk_that_is_full_for_one_ends_all_and_the_last_checkpoint_stays(launch, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [f"run_dir={folder}", "parallel=fsdp", "optimizer=adamw"]
+    assert [each.code for each in launch(4, *arguments, "stop_at_step=2")] == [75] * 4
+    ended = launch(4, *arguments, hooks=[["fill_disk", "model-00003"]])
+    assert [each.code for each in ended] == [74] * 4, ended
+    assert "No space left" in ended[0].errors[0]
+    newest = checkpoint.latest(folder / "checkpoints")
+    assert newest.name == "step_00000002" and checkpoint.verify(newest)["step"] == 2
+    assert json.loads((folder / "status.json").read_text())["code"] == 74
+    assert [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert [each.code for each in launch(4, *arguments)] == [0] * 4
+
+
+def test_gradients_are_sent_in_bf16(launch, alone, tmp_path):
+    folder = tmp_path / "run"
+    overrides = ["optimizer=sophia_g", "gradient_type=bf16"]
+    assert [each.code for each in launch(2, f"run_dir={folder}", *overrides, "parallel=fsdp")] == [0, 0]
+    found, expected = records(folder), records(alone)
+    assert found[1]["optim/grad_norm"] != expected[1]["optim/grad_norm"]
+    assert found[1]["optim/grad_norm"] == pytest.approx(expected[1]["optim/grad_norm"], rel=0.01)
+    assert found[-1]["val/loss"] == pytest.approx(expected[-1]["val/loss"], rel=0.01)
+    refused = launch(2, f"run_dir={tmp_path / 'ddp'}", *overrides, "parallel=ddp")
+    assert [each.code for each in refused] == [64, 64] and "gradient_type=bf16" in refused[0].errors[0]
+
+
+def test_strict_runs_end_in_the_same_bits_on_any_number_of_processes(launch, tmp_path):
+    digests = set()
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        overrides = ["optimizer=sophia_g", "strict=true", "micro_batch_size=1"]
+        assert [each.code for each in launch(processes, f"run_dir={folder}", *overrides)] == [0] * processes
+        weights = checkpoint.load_weights(folder)[0]
+        digests.add(b"".join(bytes(weights[name].flatten().view(torch.uint8)) for name in sorted(weights)))
+    assert len(digests) == 1
