@@ -5,6 +5,7 @@
     python scripts/benchmark.py hessian [--runs "optimizer=sophia_g hessian.groups=8" ...] ...
     python scripts/benchmark.py memory [--models NAME ...] [--runs "optimizer=adamw" ...] ...
     python scripts/benchmark.py loader [--data "data=token_files data.path=FOLDER"] [--model NAME] ...
+    python scripts/benchmark.py scaling [--processes 1 2 ...] [--parallel fsdp] [--model NAME] ...
     python scripts/benchmark.py data PATH [--workers N] [--repeats N]
 
 `train`: our training step with AdamW and with Sophia-G, next to transformers' GPT-2 in a plain PyTorch loop,
@@ -13,6 +14,7 @@ or next to nanoGPT.
 `hessian`: what each optimizer adds to AdamW's step and memory, the Hessian's passes included.
 `memory`: the peak of a GPU's memory for each model and run.
 `loader`: what reading tokens costs of a step, next to a batch that is there already.
+`scaling`: training on several processes, next to one.
 `data`: preparing text, next to nanoGPT's recipe and to the tokenizer alone.
 """
 
@@ -25,7 +27,7 @@ from typing import TypeAlias
 from rich.console import Console
 
 from sophia_train import durable
-from sophia_train.benchmarks import data, hessian, loader, memory, optimizer, train
+from sophia_train.benchmarks import data, hessian, loader, memory, optimizer, scaling, train
 from sophia_train.command_line import Parser, whole_number
 from sophia_train.errors import exit_code_of
 
@@ -42,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module, name in ((train, "train"), (hessian, "hessian"), (loader, "loader")):
+    step_by_step = {"train": train, "hessian": hessian, "loader": loader, "scaling": scaling}
+    for name, module in step_by_step.items():
         command = commands.add_parser(name, help=str(module.__doc__))
         command.set_defaults(benchmark=module)
         _add_options(command)
@@ -50,14 +53,12 @@ def _run(arguments: Sequence[str]) -> None:
             command.add_argument(
                 "--nanogpt", type=Path, metavar="CHECKOUT", help="of karpathy/nanoGPT (transformers instead)"
             )
-        if module is hessian:
-            command.add_argument(
-                "--runs",
-                nargs="+",
-                default=hessian.RUNS,
-                metavar="OVERRIDES",
-                help="next to AdamW (%(default)s)",
-            )
+        if module in (hessian, scaling):
+            add = command.add_argument
+            add("--runs", nargs="+", default=module.RUNS, metavar="OVERRIDES", help="(%(default)s)")
+        if module is scaling:
+            add("--processes", nargs="+", type=whole_number, default=scaling.PROCESSES, metavar="N")
+            add("--parallel", choices=["ddp", "fsdp", "hsdp"], default="ddp", help="(%(default)s)")
         if module is loader:
             command.add_argument(
                 "--data", default="", metavar="OVERRIDES", help="whose tokens to read (random words)"

@@ -6,6 +6,7 @@ runs/<name>/
     status.json       exit code, reason and step of the last invocation
     metrics.jsonl     every metric, one record a line
     checkpoints/      see `checkpoint`
+    card.md           what the run was, what came out and what it cost, on one page
     profile/          traces of a few steps, if `profile=true` asked for them
 """
 

@@ -85,6 +85,7 @@ LIBRARIES = {
     "transformers": {"hessian/transformers_callback", "benchmarks/train"},
     "triton": {"models/triton_cross_entropy", "optim/triton_sophia"},
     "wandb": {"trackers/wandb"},
+    "wandb_workspaces": {"scripts/dashboard"},
     "zstandard": {"data/text_files"},
 }
 # These are in those places only, in layer 4 too: they are optional, slow to import, or both.
@@ -99,6 +100,7 @@ CONFINED = {
     "transformers",
     "triton",
     "wandb",
+    "wandb_workspaces",
     "tensorboard",
     "zstandard",
 }

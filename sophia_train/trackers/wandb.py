@@ -1,29 +1,39 @@
 """Weights & Biases."""
 
+import dataclasses
 import html
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sophia_train import durable
 from sophia_train.errors import ConfigError, UnavailableError
 from sophia_train.trackers.base import AXES, Record, RunInfo, Tracker
+from sophia_train.trackers.jsonl import FILE_NAME, read_metrics
+from sophia_train.trackers.labels import group_name, labels
+from sophia_train.trackers.summary import summarize
 
 Mode = Literal["online", "offline", "disabled"]
+
+LONGEST_TAG = 64
+"""Characters that the service allows in a tag."""
 
 
 class WandbTracker(Tracker):
     """Logs to Weights & Biases; a resumed run continues its own curve there.
 
-    Every metric can be plotted against step, tokens, seconds and flops. Files go to `wandb/` in the run
-    folder; the code, the environment, git remotes (which may hold tokens) and the console are not sent.
+    Every metric can be plotted against step, tokens, seconds and flops. Settings come as the run's config,
+    with `labels` added, which are tags, too: `optimizer:Sophia GNB`, `model:12x768`, `data:openwebtext`,
+    `experiment:demo`. At the end its summary gets the figures of `Summary`. Files go to `wandb/` in the
+    run folder; the code, the environment, git remotes (which may hold tokens) and the console are not sent.
 
     Args:
         project: the project's name.
         entity: user or team; None for the default of the login.
         mode: "online", "offline" (send later with `wandb sync`), or "disabled".
-        group: name that gathers several runs.
-        tags: labels of the run.
+        group: name that gathers several runs; None for one of those that differ in the seed alone.
+        tags: more of them.
         init_timeout: seconds to wait for the service at the start; training does not wait.
         finish_timeout: seconds to wait for uploads at the end; `wandb sync` can send the rest.
 
@@ -66,17 +76,20 @@ class WandbTracker(Tracker):
 
     def start(self, run: RunInfo) -> None:
         """Open the run under the id in `wandb_id` of the run folder, which a new run draws."""
+        self._metrics = run.run_dir / FILE_NAME
+        named = labels(run)
+        tags = [*(f"{kind}:{label}"[:LONGEST_TAG] for kind, label in named.items()), *self._tags]
         self._run = self._wandb.init(
             project=self._project,
             entity=self._entity,
             mode=self._mode,
-            group=self._group,
-            tags=self._tags,
+            group=self._group or group_name(run),
+            tags=tags,
             id=_run_id(run),
             resume="allow",
             name=run.name,
             dir=str(run.run_dir),
-            config=run.config,
+            config={**run.config, "labels": named},
             settings=self._wandb.Settings(
                 console="off",
                 silent=True,
@@ -101,8 +114,34 @@ class WandbTracker(Tracker):
         self._run.log({name: page, "step": step})
 
     def close(self, code: int) -> None:
-        """End the run with its exit code."""
-        self._run.finish(exit_code=code)
+        """Sum the run up, from its metrics of all invocations, and end it with its exit code."""
+        try:
+            self._run.summary.update(_summary(self._metrics))
+        finally:
+            self._run.finish(exit_code=code)
+
+
+def default_entity() -> str:
+    """Ask the service for the user or team that the login stands for.
+
+    Raises:
+        UnavailableError: the wandb package is not installed, nobody is logged in, or there is no answer; the
+            message ends with what to do.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UnavailableError(
+            "the wandb package is not installed; run `pip install 'sophia_train[wandb]'`"
+        ) from error
+    wandb.setup(wandb.Settings(silent=True))  # what it would print, the error says
+    if not _logged_in(wandb):
+        raise UnavailableError("no valid login to Weights & Biases; run `wandb login`, set WANDB_API_KEY")
+    try:
+        return str(wandb.Api().default_entity)
+    except Exception as error:  # its own are not all of one family
+        reason = " ".join(str(error).split())
+        raise UnavailableError(f"Weights & Biases does not answer ({reason}); try later") from error
 
 
 def _logged_in(wandb: Any) -> bool:
@@ -110,6 +149,11 @@ def _logged_in(wandb: Any) -> bool:
         return bool(wandb.login(prompt=False, verify=False))  # never a question in the midst of training
     except wandb.Error:
         return False
+
+
+def _summary(metrics: Path) -> dict[str, Any]:
+    figures = dataclasses.asdict(summarize(read_metrics(metrics) if metrics.exists() else []))
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _run_id(run: RunInfo) -> str:

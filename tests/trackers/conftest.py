@@ -1,5 +1,6 @@
 import pytest
 
+from sophia_train.config import compose, run_config, to_json
 from sophia_train.trackers.base import RunInfo
 
 
@@ -7,14 +8,25 @@ from sophia_train.trackers.base import RunInfo
 def run_info(tmp_path):
     """Describe a run in a temporary folder, new or resumed."""
 
-    def describe(resumed_from_step=None, total_steps=100):
+    def describe(resumed_from_step=None, total_steps=100, name="trial", config=None):
         return RunInfo(
             run_dir=tmp_path,
-            name="trial",
-            config={"model": {"n_layer": 2}, "seed": 1},
+            name=name,
+            config=config or {"model": {"n_layer": 2}, "seed": 1},
             resumed_from_step=resumed_from_step,
             total_steps=total_steps,
         )
+
+    return describe
+
+
+@pytest.fixture
+def run_of(run_info):
+    """Describe a run of real settings, by overrides."""
+
+    def describe(*overrides, **options):
+        config = run_config(compose(overrides))
+        return run_info(name=config.name, config=to_json(config), **options)
 
     return describe
 

@@ -1,17 +1,18 @@
 """Weights & Biases for real, offline."""
 
-import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from trackers.offline_runs import config, history, of_kind, offline_folders, read, summary
 
-from sophia_train.errors import ConfigError, UnavailableError
-from sophia_train.trackers.jsonl import FILE_NAME, read_metrics
+from sophia_train.errors import ConfigError, DataError, UnavailableError
+from sophia_train.trackers.base import AXES
+from sophia_train.trackers.jsonl import FILE_NAME, JsonlTracker, read_metrics
+from sophia_train.trackers.labels import group_name
 from sophia_train.trackers.wandb import WandbTracker
 
 wandb = pytest.importorskip("wandb")
@@ -41,42 +42,6 @@ def run_offline(run, records, **options):
     wandb.teardown()  # the file is whole when the service has ended
 
 
-def read(folder):
-    """Every record in the transaction log of an offline run: a 7-byte header, then LevelDB's log format."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = folder.glob("run-*.wandb")
-    content, records, parts, at = path.read_bytes(), [], [], 7
-    while at + 7 <= len(content):
-        if (left := 32768 - at % 32768) < 7:  # no header fits into the rest of the block
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
-        parts.append(content[at + 7 : at + 7 + length])
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            records.append(wandb_internal_pb2.Record.FromString(b"".join(parts)))
-            parts = []
-    return records
-
-
-def history(records):
-    """The logged values, as wandb would show them."""
-    return [
-        {
-            item.nested_key[0]: json.loads(item.value_json)
-            for item in r.history.item
-            if len(item.nested_key) == 1
-        }
-        for r in records
-        if r.WhichOneof("record_type") == "history"
-    ]
-
-
-def offline_folders(run_dir):
-    return sorted((run_dir / "wandb").glob("offline-run-*"))
-
-
 def test_an_offline_run_holds_every_record_with_its_axes(run_info, record, tmp_path):
     records = [record(s, **{"train/loss": 1.0 / s}) for s in (1, 2, 3)]
     run_offline(run_info(), records, group="trials", tags=("a", "b"))
@@ -92,15 +57,77 @@ def test_an_offline_run_holds_every_record_with_its_axes(run_info, record, tmp_p
     assert metrics.keys() >= {"step", "tokens", "seconds", "flops", "*"}
     assert metrics["*"].step_metric == "step"
 
-    run = next(r.run for r in written if r.WhichOneof("record_type") == "run")
+    run = of_kind(written, "run")[0]
     assert (run.project, run.display_name, run.run_group, list(run.tags)) == (
         "sophia_train",
         "trial",
         "trials",
-        ["a", "b"],
+        ["experiment:trial", "a", "b"],
     )
-    assert {u.key: json.loads(u.value_json) for u in run.config.update}["model"] == {"n_layer": 2}
-    assert next(r.exit.exit_code for r in written if r.WhichOneof("record_type") == "exit") == 7
+    assert config(written)["model"] == {"n_layer": 2}
+    assert [each.exit_code for each in of_kind(written, "exit")] == [7]
+
+
+def test_every_metric_can_be_drawn_against_every_axis(run_info, record, tmp_path):
+    run_offline(run_info(), [record(1, **{"val/loss": 2.0})])
+    (folder,) = offline_folders(tmp_path)
+    written = read(folder)
+    metrics = {m.glob_name or m.name: m for m in (r.metric for r in written)}
+    assert {axis for axis in AXES if metrics[axis].options.hidden} == set(AXES), "no charts of their own"
+    assert metrics["*"].step_metric in metrics
+    for one in history(written)[:-1]:
+        assert one.keys() >= {*AXES, "val/loss"}, "an axis can be chosen where every record has it"
+
+
+def test_group_tags_and_labels_come_from_the_settings(run_of, record, tmp_path):
+    run = run_of("experiment=demo", "seed=3", "name='demo-seed=3'")
+    run_offline(run, [record(1)], tags=["mine"])
+    (folder,) = offline_folders(tmp_path)
+    written = read(folder)
+    sent = of_kind(written, "run")[0]
+    assert sent.run_group == group_name(run_of("experiment=demo", "seed=4"))
+    labels = {"optimizer": "Sophia GNB", "model": "4x128", "data": "PythonStdlib", "experiment": "demo"}
+    assert list(sent.tags) == [*(f"{kind}:{label}" for kind, label in labels.items()), "mine"]
+    assert config(written)["labels"] == labels
+    assert config(written) | run.config == config(written), "all settings are there as they are"
+
+
+def test_a_long_name_is_cut_to_a_tag_that_the_service_takes(run_info, record, tmp_path):
+    run_offline(run_info(name="n" * 200), [record(1)])
+    (folder,) = offline_folders(tmp_path)
+    sent = of_kind(read(folder), "run")[0]
+    assert sent.display_name == "n" * 200 and list(sent.tags) == ["experiment:" + "n" * 53]
+
+
+def test_the_summary_is_of_all_invocations(run_info, record, tmp_path):
+    losses = {0: 5.0, 2: 1.5, 4: 3.0, 6: 2.5}
+    records = [record(s, **{"val/loss": v, "perf/tokens_per_second": 10.0 * s}) for s, v in losses.items()]
+    run = run_info(resumed_from_step=4)
+    keeper = JsonlTracker()
+    keeper.start(run_info())
+    for one in records:
+        keeper.log(one)
+    keeper.close(0)
+    run_offline(run, records[-1:])  # wandb sees the end alone
+    (folder,) = offline_folders(tmp_path)
+    found = summary(read(folder))
+    assert {key: found[key] for key in AXES} == record(6)
+    assert found["final_val_loss"] == 2.5
+    assert (found["best_val_loss"], found["best_step"]) == (1.5, 2)
+    assert found["tokens_per_second"] == 30.0
+    assert "mfu" not in found, "it was never measured"
+
+
+def test_metrics_that_cannot_be_read_leave_a_run_that_ended(run_info, record, tmp_path):
+    tracker = WandbTracker(mode="offline")
+    tracker.start(run_info())
+    tracker.log(record(1))
+    (tmp_path / FILE_NAME).write_text("not JSON\n")
+    with pytest.raises(DataError, match="line 1"):  # which `Guarded` catches
+        tracker.close(7)
+    wandb.teardown()
+    (folder,) = offline_folders(tmp_path)
+    assert [each.exit_code for each in of_kind(read(folder), "exit")] == [7]
 
 
 def test_a_resumed_run_continues_under_its_id_and_a_new_one_gets_another(run_info, record, tmp_path):
@@ -121,7 +148,7 @@ def test_nothing_of_the_environment_is_kept(run_info, record, tmp_path, monkeypa
     before = dict(os.environ)
     run_offline(run_info(), [record(1)])
     (folder,) = offline_folders(tmp_path)
-    assert next(r.run.project for r in read(folder) if r.WhichOneof("record_type") == "run") == "sophia_train"
+    assert of_kind(read(folder), "run")[0].project == "sophia_train"
     for path in tmp_path.rglob("*"):
         if path.is_file():
             assert SECRET.encode() not in path.read_bytes(), path
