@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sophia_train.benchmarks import data, hessian, loader, memory, optimizer, tokenizer_alone, train
+from sophia_train.benchmarks import data, hessian, loader, memory, optimizer, scaling, tokenizer_alone, train
 from sophia_train.errors import RunError
 
 NAMES = ["sophia_train, AdamW", "transformers, AdamW", "sophia_train, Sophia-G"]
@@ -570,3 +570,56 @@ def test_the_tokenizer_alone_gets_the_documents_as_they_are(tmp_path, capsys, mo
     tokenizer_alone.main(tmp_path / "share")
     assert encoded == texts
     assert int(capsys.readouterr().out.split()[0]) == sum(len(text.split()) + 1 for text in texts)
+
+
+@pytest.fixture(scope="module")
+def scaled(benchmark, tmp_path_factory):
+    """The JSON of two optimizers on one process and on two that share a model, and what was printed."""
+    folder = tmp_path_factory.mktemp("scaling")
+    flags = ["--processes", "1", "2", "--parallel", "fsdp", "--steps", "2", "--repeats", "2"]
+    flags += ["--runs", "optimizer=adamw", "optimizer=sgd", "--batch-size", "2", "--micro-batch-size", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.chdir(folder)  # the data are prepared there
+        assert benchmark(["scaling", *flags, "--json", str(folder / "json")]) == 0
+    return json.loads((folder / "json").read_text())
+
+
+@pytest.mark.slow
+def test_several_processes_do_the_work_of_one(scaled):
+    rows = {(row["run"], row["processes"]): row for row in scaled["results"]}
+    assert len(rows) == 4
+    for (run, processes), row in rows.items():
+        alone, first = rows[run, 1], rows["optimizer=adamw", processes]
+        assert row["parallel"] == (None if processes == 1 else "fsdp")
+        assert row["losses"] == pytest.approx(alone["losses"], abs=1e-5) and len(row["losses"]) == 6
+        apart = [abs(a - b) for a, b in zip(row["losses"], alone["losses"], strict=True)]
+        assert row["loss_difference"] == max(apart)
+        assert row["tokens_per_second"] == pytest.approx(2 * 2 * 256 / statistics.median(row["seconds"]))
+        assert row["speed_up"] == pytest.approx(row["tokens_per_second"] / alone["tokens_per_second"])
+        assert row["overhead"] == pytest.approx(first["tokens_per_second"] / row["tokens_per_second"] - 1)
+    assert rows["optimizer=adamw", 1]["losses"] != rows["optimizer=sgd", 1]["losses"]
+
+
+@pytest.mark.slow
+def test_the_table_of_processes_fits_a_narrow_terminal(scaled, capsys):
+    Console(width=80).print(scaling.table(scaled))
+    print(scaling.notes(scaled))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(bool(re.match(r"(adamw|sgd) +(1|2 fsdp) +[\d,]+ +\d\.\d\d ", line)) for line in lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--processes", "3", "--batch-size", "4"], "batch_size=4"),
+        (["--parallel", "fsdp", "--runs", "optimizer=sophia_h"], "parallel=fsdp"),
+        (["--processes", "0"], "--processes"),
+    ],
+)
+def test_processes_that_cannot_share_the_work_are_refused(flags, message, benchmark, capsys):
+    assert benchmark(["scaling", *flags]) == 64
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error

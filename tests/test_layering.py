@@ -43,6 +43,7 @@ LAYERS = {
     "compile_cache": 4,
     "config": 4,
     "launch": 4,
+    "planning": 4,
     "processes": 4,
     "run_queue": 4,
     "run_results": 4,

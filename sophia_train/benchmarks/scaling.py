@@ -102,8 +102,8 @@ def notes(report: dict[str, Any]) -> str:
             f"tokens/s: of all processes, median of {settings['repeats']} repeats of "
             f"{settings['steps']} steps",
             "over first: time beyond that of the first run, on as many processes",
-            f"loss diff.: the largest to one process in {steps} steps on Python's source; last loss "
-            f"{report['results'][0]['losses'][-1]:.4f}",
+            f"loss diff.: the largest to one process in {steps} steps, on Python's own source",
+            f"last loss of the first run: {report['results'][0]['losses'][-1]:.4f}",
             "peak GB: of the process that takes most",
             *conditions(report),
             f"versions: Python {env['python']}, torch {env['torch']}",
