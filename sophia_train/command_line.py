@@ -71,7 +71,7 @@ def help_text(configs: Path) -> str:
     width = max(len(group.name) for group in groups) + 1
     choices = "\n".join(
         textwrap.fill(
-            " ".join(sorted(path.stem for path in group.glob("*.yaml"))),
+            " ".join(sorted(path.stem if path.suffix else f"{path.name}/..." for path in group.iterdir())),
             79,
             initial_indent=f"  {group.name:<{width}}",
             subsequent_indent=" " * (width + 2),

@@ -111,8 +111,8 @@ class TestEveryFile:
         assert parameters / 1e6 == pytest.approx(millions, rel=0.02)
 
     def test_paper_presets_have_the_paper_s_settings(self):
-        sophia = plain("experiment=paper_125m_sophia_g", "data.path=x")
-        adamw = plain("experiment=paper_125m_adamw", "data.path=x")
+        sophia = plain("experiment=paper/gpt2_125m_sophia_g")
+        adamw = plain("experiment=paper/gpt2_125m_adamw")
         for settings in (sophia, adamw):
             assert (settings["batch_size"], settings["model"]["block_size"]) == (480, 1024)
             assert (settings["max_steps"], settings["gradient_clip"]) == (100_000, 1.0)
@@ -147,7 +147,7 @@ class TestChoosing:
             (["optimizer=adamw"], "NoHessian"),
             (["experiment=demo"], "GNB"),
             (["experiment=demo", "optimizer=adamw"], "NoHessian"),
-            (["experiment=paper_125m_adamw", "data.path=x", "optimizer=sophia_g"], "GNB"),
+            (["experiment=paper/gpt2_125m_adamw", "optimizer=sophia_g"], "GNB"),
             (["optimizer=sophia_g", "hessian=none"], "NoHessian"),
             (["hessian=none", "optimizer=sophia_g"], "NoHessian"),
         ],

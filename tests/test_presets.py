@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import yaml
 
 from sophia_train.config import CONFIGS, build, compose, run_config, to_json
 from sophia_train.errors import ConfigError
@@ -243,12 +242,3 @@ def test_sophia_lite_is_its_setting():
     assert config["data"]["repo"] == "HuggingFaceFW/fineweb"
     assert config["hessian"]["_target_"].endswith(".GradientMagnitude")
     assert comment("sophia_lite", "max_steps").startswith("not verified")
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sophia_g", "sophia_h"])
-def test_the_names_without_a_folder_differ_in_their_data_only(optimizer):
-    path = CONFIGS / "experiment" / f"paper_125m_{optimizer}.yaml"
-    assert set(yaml.safe_load(path.read_text())) == {"defaults", "name"}
-    config = to_json(run_config(compose([f"experiment={path.stem}", "data.path=x"])))
-    other = preset(f"gpt2_125m_{optimizer}")
-    assert {key for key in config if config[key] != other[key]} == {"name", "run_dir", "data"}
