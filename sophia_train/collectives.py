@@ -1,10 +1,12 @@
 """What the processes of a run tell each other; alone, a process talks to itself."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sophia_train.errors import RunError
 
@@ -28,17 +30,26 @@ def sum_over_processes(tensors: list[Tensor]) -> None:
             torch.distributed.all_reduce(tensor)
 
 
-def gather(value: T) -> list[T]:
-    """Return the values of all processes, by rank; small ones, for they are pickled on their way."""
+def gather(value: T, group: ProcessGroup | None = None) -> list[T]:
+    """Return the values of all processes, by rank; small ones, for they are pickled on their way.
+
+    Args:
+        value: of this process.
+        group: of all processes, if not the default one.
+    """
     if not torch.distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group)
     return cast(list[T], values)
 
 
-def together(work: Callable[[], T]) -> list[T]:
+def together(work: Callable[[], T], timeout: timedelta | None = None) -> list[T]:
     """Do `work` on every process; where one fails, all fail, so that none is left waiting for it.
+
+    Args:
+        work: of this process.
+        timeout: how long the processes wait for each other; None is the time that any collective has.
 
     Returns:
         What came of it on each process, by rank.
@@ -47,12 +58,17 @@ def together(work: Callable[[], T]) -> list[T]:
         OSError, RunError: of this process's work, or else of the first that failed. What else `work` may
             raise is not waited for.
     """
+    group = None
+    if timeout is not None and torch.distributed.is_initialized():
+        group = torch.distributed.new_group(backend="gloo", timeout=timeout)
     result, error = None, None
     try:
         result = work()
     except (OSError, RunError) as caught:
         error = caught
-    outcomes = gather((result, error))
+    outcomes = gather((result, error), group)
+    if group is not None:
+        torch.distributed.destroy_process_group(group)
     failures = [each for _, each in outcomes if each is not None]
     if failures:
         raise error or failures[0]

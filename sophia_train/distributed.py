@@ -1,23 +1,39 @@
 """The process group of a run, under Accelerate: devices, launch checks, reductions, signals, the logger."""
 
 import ctypes
+import functools
 import logging
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import TextIO
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import _get_default_store
 
-from sophia_train.collectives import sum_over_processes
-from sophia_train.errors import ConfigError
+from sophia_train.collectives import sum_over_processes, together, world_size
+from sophia_train.errors import ConfigError, UnavailableError
 
 logger = logging.getLogger("sophia_train")
+
+COMMON_FAILURE_SECONDS = 3.0
+"""Processes that all fail within this time have failed for the same reason."""
+
+PREPARATION = timedelta(days=7)
+"""How long the others wait for rank 0 to prepare the data; collectives of the training wait for minutes."""
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def start(precision: str, processes: int | None, gradient_type: torch.dtype = torch.float32) -> Accelerator:
@@ -34,9 +50,8 @@ def start(precision: str, processes: int | None, gradient_type: torch.dtype = to
     """
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched:
-        _end_with_parent()
+    if _has_launcher():
+        end_with_parent()
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         raise ConfigError(
             "ACCELERATE_USE_FSDP=true: leave FSDP out of Accelerate's settings, use parallel=fsdp"
@@ -46,22 +61,24 @@ def start(precision: str, processes: int | None, gradient_type: torch.dtype = to
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else "bf16", kwargs_handlers=[ddp])
     accelerator.wait_for_everyone()  # one that fails from here on finds no other still connecting to it
     _set_up_logger(accelerator.is_main_process)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != world_size:
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != asked:
         raise ConfigError(
-            f"WORLD_SIZE={world_size}, but Accelerate made {accelerator.num_processes} process(es); "
+            f"WORLD_SIZE={asked}, but Accelerate made {accelerator.num_processes} process(es); "
             "launch with torchrun, or check `accelerate config`"
         )
-    if processes not in (None, world_size):
+    if processes not in (None, asked):
         raise ConfigError(
-            f"processes={processes}, but {world_size} process(es) run; "
+            f"processes={processes}, but {asked} process(es) run; "
             f"launch with `torchrun --nproc-per-node {processes} -m sophia_train ...`"
         )
     return accelerator
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT instead of dying of them, so that the step in progress can end.
+    """Notes SIGTERM, SIGUSR1 and SIGINT instead of dying of them, so that the step in progress can end.
+
+    SIGUSR1 is the warning that Slurm sends some time before it ends a job.
 
     Attributes:
         received: name of the signal, or None.
@@ -72,12 +89,16 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Note signals during the body; a second one of the same kind has its old effect."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Note signals during the body, of which a second Ctrl-C has its old effect.
+
+        Not under a launcher: the one signal may come from it and from the terminal or Slurm, too.
+        """
+        before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
 
         def note(number: int, frame: FrameType | None) -> None:
             self.received = signal.Signals(number).name
-            signal.signal(number, before[signal.Signals(number)])
+            if number == signal.SIGINT and not _has_launcher():
+                signal.signal(number, before[signal.SIGINT])
 
         for number in before:
             signal.signal(number, note)
@@ -86,6 +107,41 @@ class StopSignal:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run fails whose processes fail.
+
+    Attributes:
+        common: all of them do, as for a wrong setting.
+        told_here: this process is the one to say why: rank 0 of a common failure, else the first that failed.
+            The others fail because they have lost it.
+    """
+
+    common: bool
+    told_here: bool
+
+
+@functools.cache
+def failure() -> Failure:
+    """Find out, in a process that fails, whether the others do; its answer stays the same."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not torch.distributed.is_initialized():
+        return Failure(common=True, told_here=first)
+    for number in _STOP_SIGNALS:  # that a launcher sends which hears of it: there is still something to write
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        store = _get_default_store()
+        place = store.add("failed", 1)
+        deadline = time.monotonic() + COMMON_FAILURE_SECONDS
+        while place < world_size() and not store.check(["verdict"]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        verdict = store.compare_set("verdict", "", "common" if place == world_size() else "alone")
+    except DistError:  # the store went with the launcher, which was killed, or with rank 0
+        return Failure(common=True, told_here=first)
+    common = verdict == b"common"
+    return Failure(common, told_here=first if common else place == 1)
 
 
 @contextmanager
@@ -97,14 +153,47 @@ def ending_together(accelerator: Accelerator, *common: type[Exception]) -> Itera
 
     Args:
         accelerator: of this process.
-        common: what every process raises if one does; after other errors none waits for another.
+        common: what every process raises between the same two collectives if one does; after other errors
+            none waits for another.
+
+    Raises:
+        UnavailableError: as `noticing_losses`.
+    """
+    try:
+        with noticing_losses():
+            yield
+    except common:
+        if failure().common:
+            _leave_group(accelerator)
+        raise
+    _leave_group(accelerator)
+
+
+@contextmanager
+def noticing_losses() -> Iterator[None]:
+    """Say in one line that another process has gone while this one was waiting for it.
+
+    Raises:
+        UnavailableError: the body failed in its communication.
     """
     try:
         yield
-    except common:
-        _leave_group(accelerator)
-        raise
-    _leave_group(accelerator)
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "/gloo/" not in str(error):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]
+        raise UnavailableError(
+            f"another process of the run is gone ({reason}); run it again to go on from the last checkpoint"
+        ) from error
+
+
+def main_process_first(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do `work` on rank 0, for hours if need be, while the others wait; its failure is that of all.
+
+    Raises:
+        OSError, RunError: of the work.
+    """
+    together(lambda: work() if accelerator.is_main_process else None, PREPARATION)
 
 
 def _leave_group(accelerator: Accelerator) -> None:
@@ -114,21 +203,6 @@ def _leave_group(accelerator: Accelerator) -> None:
             sum_over_processes([arrived])
             arrived.item()
         torch.distributed.destroy_process_group()
-
-
-def main_process_first(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do `work` on rank 0 while the others wait; its failure ends all of them."""
-    failed = torch.zeros(1, device=accelerator.device)
-    try:
-        if accelerator.is_main_process:
-            work()
-    except BaseException:
-        failed += 1
-        raise
-    finally:
-        sum_over_processes([failed])
-    if failed.item():
-        sys.exit(1)  # rank 0 has said why
 
 
 class _StandardError(logging.StreamHandler):
@@ -150,8 +224,12 @@ def _set_up_logger(is_main_process: bool) -> None:
         logger.propagate = False
 
 
-def _end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the launcher dies: `accelerate launch` would leave this process training."""
-    if sys.platform == "linux":
+def _has_launcher() -> bool:
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def end_with_parent() -> None:
+    """Let Linux send SIGTERM when the process that started this one dies, as `accelerate launch` may."""
+    if _LIBC is not None:
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM)

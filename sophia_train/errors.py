@@ -63,20 +63,41 @@ def from_os_error(error: OSError) -> RunError:
     )
 
 
-def exit_code_of(work: Callable[[], int | None]) -> int:
+def as_run_error(error: BaseException) -> RunError:
+    """Say what any exception means for a run; of a defect, its type and message."""
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, OSError):
+        return from_os_error(error)
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted at once; run it again to go on from what was saved last")
+    return RunError(f"{type(error).__name__}: {error}")
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def exit_code_of(work: Callable[[], int | None], speaks: Callable[[], bool] = _is_first_process) -> int:
     """Do `work` and return its exit code, None being 0.
 
-    What can end a run becomes one `error:` line on stderr, from rank 0 alone, and its code; any other
-    exception is a defect and passes.
+    What can end a run becomes one `error:` line on stderr, and its code; any other exception is a defect
+    and passes.
+
+    Args:
+        work: to do.
+        speaks: asked when `work` has failed, whether of several processes this one is to say so.
     """
     try:
         return work() or 0
-    except RunError as error:
-        failure = error
-    except OSError as error:
-        failure = from_os_error(error)
-    except KeyboardInterrupt:
-        failure = Interrupted("interrupted at once; run it again to go on from what was saved last")
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"error: {' '.join(str(failure).split())}\n")
+    except (RunError, OSError, KeyboardInterrupt) as error:
+        failure = as_run_error(error)
+    except Exception as defect:
+        if not speaks():
+            return RunError.code
+        defect.add_note(f"in process {os.environ.get('RANK', '0')}")
+        raise
+    if speaks():
+        process = "" if _is_first_process() else f"process {os.environ['RANK']}: "
+        sys.stderr.write(f"error: {process}{' '.join(str(failure).split())}\n")
     return failure.code

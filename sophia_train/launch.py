@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from sophia_train import command_line
 from sophia_train.config import CONFIGS, RunConfig, compose, expand, run_config
+from sophia_train.distributed import failure
 from sophia_train.errors import ConfigError, exit_code_of
 from sophia_train.processes import train_command
 from sophia_train.sweep import sweep
@@ -27,7 +28,7 @@ def launch(task: Task) -> NoReturn:
 
 def run(arguments: Sequence[str], task: Task) -> int:
     """Do what the arguments ask for and return the exit code; an error is one line on stderr."""
-    return exit_code_of(lambda: _run(arguments, task))
+    return exit_code_of(lambda: _run(arguments, task), speaks=lambda: failure().told_here)
 
 
 def _run(arguments: Sequence[str], task: Task) -> int:

@@ -1,6 +1,5 @@
 """Runs in processes of their own: started beside each other, asked to stop together."""
 
-import ctypes
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import IO, Self
 
 from filelock import FileLock, Timeout
 
+from sophia_train.distributed import end_with_parent
 from sophia_train.errors import Interrupted, OutputError, RunError
 
 OUTPUT = "output.log"
@@ -23,8 +23,6 @@ HAND_OVER_SECONDS = 120.0
 """How long the former owner of a run folder, which was told to stop, may take to save."""
 
 Process = subprocess.Popen[bytes]
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Processes:
@@ -68,7 +66,7 @@ class Processes:
             stdout=output,
             stderr=output,
             process_group=0,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         self._running.append(process)
         if self.told_to_stop:  # between the caller's look and now
@@ -170,10 +168,3 @@ def failure(folder: Path, code: int) -> RunError:
     error = RunError(f"{folder}: {reason}")
     error.code = code or RunError.code
     return error
-
-
-def _end_with_parent() -> None:
-    """Let Linux send SIGTERM when the process that started this one dies, however it does."""
-    if _LIBC is not None:
-        pr_set_pdeathsig = 1
-        _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -14,21 +14,24 @@ from rich.table import Column, Table
 
 from sophia_train import checkpoint, compile_cache, distributed, parallel
 from sophia_train.collectives import sum_over_processes
+from sophia_train.compare.card import write_card
 from sophia_train.compare.curves import plot_run
+from sophia_train.config import compose, run_config
 from sophia_train.data.base import Data
 from sophia_train.data.batches import Batches, document_blocks, validation_blocks
 from sophia_train.data.statistics import LARGEST_BIGRAM_VOCABULARY, ngram_cross_entropy
 from sophia_train.data.token_files import Tokens
 from sophia_train.data.tokenizers import Tokenizer
-from sophia_train.errors import ConfigError, Interrupted, RunError, from_os_error
+from sophia_train.errors import ConfigError, Interrupted, as_run_error
 from sophia_train.gradients import evaluation_mode
 from sophia_train.hessian.base import Estimator, HessianUpdater, Replica
 from sophia_train.hessian.hutchinson import Hutchinson
 from sophia_train.launch import launch
-from sophia_train.memory import estimate_memory, plan_micro_batch, shrink_micro_batch
+from sophia_train.memory import plan_micro_batch, shrink_micro_batch
 from sophia_train.models import convert
 from sophia_train.models.float8 import use_float8
 from sophia_train.models.gpt2 import GPT2, GPT2Config
+from sophia_train.planning.work import work_of
 from sophia_train.profiler import traced
 from sophia_train.run_config import RunConfig, build, build_optimizer, to_json, with_processes
 from sophia_train.run_folder import RunFolder, environment
@@ -298,10 +301,7 @@ def _naming_what_fits(trainer: Trainer, config: RunConfig, accelerator: Accelera
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = _what_fits(trainer, config, accelerator)
-        if not accelerator.is_main_process:  # whose error is written by nobody else
-            logger.error("process %d: %s", accelerator.process_index, reason)
-        raise ConfigError(reason) from error
+        raise ConfigError(_what_fits(trainer, config, accelerator)) from error
 
 
 def _what_fits(trainer: Trainer, config: RunConfig, accelerator: Accelerator) -> str:
@@ -335,14 +335,14 @@ def _tracked(trainer: Trainer, trackers: Tracker, folder: RunFolder, config: Run
     code = 0
     trackers.start(RunInfo(folder.path, config.name, to_json(config), resumed_from, trainer.total_steps))
     try:
-        yield
+        with distributed.noticing_losses():
+            yield
     except BaseException as error:
-        reason = from_os_error(error) if isinstance(error, OSError) else error
-        interrupted = isinstance(error, KeyboardInterrupt)  # by a second Ctrl-C, without a save
-        code = Interrupted.code if interrupted else getattr(reason, "code", RunError.code)
-        if trainer.replica.rank == 0:
+        reason = as_run_error(error)
+        code = reason.code
+        if distributed.failure().told_here:
             with contextlib.suppress(OSError):  # the disk may be what failed
-                folder.write_status(code, str(reason) or type(reason).__name__, trainer.state.step)
+                folder.write_status(code, str(reason), trainer.state.step)
         raise
     finally:
         trackers.close(code)
@@ -356,6 +356,7 @@ def _conclude(trainer: Trainer, splits: Splits, tokenizer: Tokenizer, folder: Ru
         baselines["unigram"] = ngram_cross_entropy(*splits, tokenizer.vocab_size, 1)
         baselines["bigram"] = ngram_cross_entropy(*splits, tokenizer.vocab_size, 2)
     figure = plot_run(folder.path, baselines)
+    card = write_card(folder.path, baselines, defaults=to_json(run_config(compose())))
     _print(
         {
             "validation loss": f"{trainer.validation_loss:.3f} nats a token",
@@ -363,6 +364,7 @@ def _conclude(trainer: Trainer, splits: Splits, tokenizer: Tokenizer, folder: Ru
             "steps, tokens": f"{state.step:,}, {state.tokens:,}",
             "time": f"{state.seconds / 60:.1f} min",
             "loss curve": str(figure),
+            "card": str(card),
         }
     )
 
@@ -371,23 +373,19 @@ def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
     """Print what a run would be (`dry_run=true`)."""
     model = _empty_model(config)
     build_optimizer(config.optimizer, model)
-    estimator: Estimator = build(config.hessian)
-    hessian = estimator.passes * estimator.size(config.batch_size) / estimator.interval / config.batch_size
-    size = _micro_batch_size(config, model, accelerator)
-    shards = _count_shards(config, accelerator)
-    memory = estimate_memory(model, size, accelerator.mixed_precision == "bf16", shards)
-    steps = config.total_steps(config.model.block_size)
-    tokens = config.batch_size * config.model.block_size
-    passes = config.batch_size // (accelerator.num_processes * size)
+    processes, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
+    size, shards = _micro_batch_size(config, model, accelerator), _count_shards(config, accelerator)
+    work = work_of(config, model, processes, shards, size, bf16)
+    memory, steps, tokens, hessian = work.memory, work.steps, work.tokens, work.hessian
     rows = {
         "run folder": config.run_dir,
         "data": data.describe(),
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "parameters": f"{work.parameters:,}",
         "batch": f"{config.batch_size} x {config.model.block_size} = {tokens:,} tokens: "
-        f"{accelerator.num_processes} process(es) x {passes} micro-batches of {size}",
+        f"{processes} process(es) x {work.micro_batches} micro-batches of {size}",
         "steps": f"{steps:,}",
         "tokens": f"{steps * tokens:,}",
-        "FLOPs": f"{steps * tokens * model.flops_per_token() * (1 + hessian):.3g}"
+        "FLOPs": f"{steps * work.flops * (1 + hessian):.3g}"
         + (f", of which {hessian / (1 + hessian):.1%} for the Hessian" if hessian else ""),
         "memory": f"about {memory.total / 1e9:.1f} GB a device: states {memory.states / 1e9:.1f}, "
         f"activations {memory.activations / 1e9:.1f}"

@@ -197,7 +197,7 @@ class Trainer:
         if config.stop_at_step is not None and state.step >= config.stop_at_step:
             raise Interrupted(self._why_stopped())
         with self.stop_signal.listening():
-            if self.replica.world_size > 1:
+            if self.replica.world_size > 1 and not self.replica.sharded:
                 self._settle_buckets()
             if state.step == 0:
                 self._log(self._evaluate())

@@ -1,5 +1,6 @@
 """The folder of what was compiled: it is filled, used again, and refused where nothing can be written."""
 
+import pytest
 from support import records
 
 COMPILED = "compile=true optimizer=adamw ~hessian.interval max_steps=2 schedule.warmup_steps=1".split()
@@ -10,6 +11,7 @@ def libraries(folder):
     return {path: path.stat().st_mtime_ns for path in (folder / "inductor").rglob("*.so")}
 
 
+@pytest.mark.slow
 def test_is_filled_by_one_run_and_used_by_the_next(tiny, tmp_path):
     """A relative path is relative to the working directory."""
     cache = tmp_path / "cache"

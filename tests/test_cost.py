@@ -72,7 +72,7 @@ def test_recomputed_blocks_need_the_activations_of_one(model, bf16):
     whole = estimate_memory(model, 4, bf16)
     model.transformer.recompute_blocks = True
     less = estimate_memory(model, 4, bf16)
-    inputs = 4 * tokens * config.n_embd * config.n_layer  # in float32
+    inputs = (2 if bf16 else 4) * tokens * config.n_embd * config.n_layer
     assert less.activations == whole.activations // config.n_layer + inputs < whole.activations
     assert (less.states, less.logits) == (whole.states, whole.logits)
 
@@ -81,7 +81,7 @@ def test_recomputed_blocks_let_more_sequences_fit(model):
     sizes = []
     for recompute_blocks in (False, True):
         model.transformer.recompute_blocks = recompute_blocks
-        sizes.append(plan_micro_batch(model, 480, True, 5 * 10**9))
+        sizes.append(plan_micro_batch(model, 480, True, 2 * 10**9))
     assert sizes[0] < sizes[1]
 
 

@@ -71,6 +71,11 @@ def test_a_state_moves_to_other_processes_bit_by_bit(chain):
     assert sorted(files.values()) == [1, 2, 2, 2, 4]
 
 
-def test_four_processes_broken_off_after_any_step_go_on_bitwise(tmp_path):
-    torchrun(4, "every break", str(tmp_path))
+@pytest.mark.parametrize(
+    ("stride", "modes"),
+    [(3, ["ddp", "fsdp"]), pytest.param(1, ["ddp", "fsdp", "hsdp"], marks=pytest.mark.slow)],
+    ids=["after some steps", "after any step"],
+)
+def test_four_processes_that_are_broken_off_go_on_bitwise(stride, modes, tmp_path):
+    torchrun(4, "breaks", str(tmp_path), str(stride), *modes)
     assert json.loads((tmp_path / "wrong.json").read_text()) == []

@@ -43,8 +43,8 @@ def test_a_run_from_text_to_sample(tmp_path):
     assert "validation loss" in out and "bigram" in out and str(run) in err
 
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "checkpoints", "config.json", "environment.json", "loss.png", "metrics.jsonl", "samples",
-        "status.json",
+        ".lock", "card.md", "checkpoints", "config.json", "environment.json", "loss.png", "metrics.jsonl",
+        "samples", "status.json",
     }  # fmt: skip
     assert json.loads((run / "status.json").read_text()) == {"code": 0, "reason": "finished", "step": 40}
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

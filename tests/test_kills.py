@@ -31,7 +31,7 @@ def work(what, folder, data, stride):
 
 
 @pytest.mark.parametrize(
-    "stride", [5, pytest.param(1, marks=pytest.mark.slow)], ids=["every fifth operation", "every operation"]
+    "stride", [11, pytest.param(1, marks=pytest.mark.slow)], ids=["some operations", "every operation"]
 )
 @pytest.mark.parametrize("what", ["kill", "fail"])
 def test_a_disturbed_run_ends_like_an_undisturbed_one(what, stride, tmp_path, data):

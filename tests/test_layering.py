@@ -72,7 +72,6 @@ LIBRARIES = {
     },
     "joblib": {"sweep"},
     "optuna": {"tuning/search", "tuning/space"},
-    "psutil": {"distributed"},
     "pyarrow": {"data/parquet"},
     "requests": {"data/hub_client"},
     "rich": {"trackers/console", "data/progress", "data/report", "distributed"},

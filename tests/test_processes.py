@@ -1,13 +1,14 @@
 """Two processes are one run: the same numbers, one folder, one voice; and either number can continue it."""
 
+import fnmatch
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
+from launching import newest_step, run_together
 from support import ENVIRONMENT, TINY, contents, records, result
 
 LENGTH = ["max_steps=8", "save_interval=4", "batch_size=8", "eval_interval=4"]
@@ -33,8 +34,8 @@ def torchrun(arguments):
 
 @pytest.fixture
 def pids(tmp_path_factory):
-    """Where `pair` writes the process id of its second process."""
-    return tmp_path_factory.mktemp("pids") / "second"
+    """Where `pair` writes the ids of its processes."""
+    return tmp_path_factory.mktemp("pids") / "pids"
 
 
 @pytest.fixture
@@ -42,18 +43,7 @@ def pair(runs, arguments, pids):
     """Runs it on two processes as a launcher would, without one: their own exit codes can be seen."""
 
     def run(*overrides, hooks=((), ())):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        started = []
-        for rank in range(2):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {key: str(value) for key, value in place.items()}
-            options = {"environment": environment, "hooks": hooks[rank]}
-            started.append(runs.start(*arguments, *overrides, **options))
-        pids.write_text(str(started[1][0]))
-        return [runs.wait(each) for each in started]
+        return run_together(runs, 2, *arguments, *overrides, hooks=hooks, pids=pids)
 
     return run
 
@@ -99,6 +89,12 @@ def test_torchrun_with_another_number_is_refused(torchrun, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_launcher_ctrl_c_twice_ends_at_once(tiny, tmp_path):
+    ended = tiny(tmp_path, hooks=[["send_signal", 3, "SIGINT"]] * 2)
+    assert ended.code == 75 and len(ended.errors) == 1 and "at once" in ended.errors[0]
+    assert newest_step(tmp_path) == 2  # of every second step, no save
+
+
 class TestAnotherNumber:
     @pytest.mark.parametrize("step", [3, 4])
     def test_one_goes_on_with_what_two_began(self, step, pair, tiny, alone, tmp_path):
@@ -123,12 +119,19 @@ class TestOfTwo:
         assert codes(pair(*arguments[:2])) == [0, 0]
         assert result(tmp_path / "parts") == result(tmp_path / "whole")
 
-    @pytest.mark.parametrize("rank", [0, 1])
-    def test_a_signal_to_one_stops_both(self, rank, pair, tmp_path):
+    @pytest.mark.parametrize(("rank", "name"), [(0, "SIGTERM"), (1, "SIGTERM"), (1, "SIGUSR1")])
+    def test_a_signal_to_one_stops_both(self, rank, name, pair, tmp_path):
         hooks = [[], []]
-        hooks[rank] = [["send_signal", 2, "SIGTERM"]]
+        hooks[rank] = [["send_signal", 2, name]]
         ended = pair(f"run_dir={tmp_path}", hooks=hooks)
         assert codes(ended) == [75, 75] and [len(each.errors) for each in ended] == [1, 0]
+        assert json.loads((tmp_path / "status.json").read_text())["step"] == 3
+
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+    def test_under_a_launcher_a_signal_may_come_twice(self, name, pair, tmp_path):
+        """From the launcher and from the terminal, or Slurm."""
+        ended = pair(f"run_dir={tmp_path}", hooks=[[], [["send_signal", 2, name]] * 2])
+        assert codes(ended) == [75, 75] and "saved" in ended[0].err
         assert json.loads((tmp_path / "status.json").read_text())["step"] == 3
 
     def test_a_gradient_that_is_not_finite_on_one_is_skipped_by_both(self, pair, tmp_path):
@@ -160,6 +163,60 @@ class TestOfTwo:
         assert contents(tmp_path / "checkpoints") == before
 
     @pytest.mark.parametrize(
+        ("rank", "hook", "code", "last_line"),
+        [
+            (1, ["run_out_of_memory", 5], 64, "error: process 1: micro_batch_size=2 is too much *; use *"),
+            (1, ["fail", 5, "disk"], 74, "error: process 1: Input/output error (train.bin); *"),
+            (0, ["fail", 5, "disk"], 74, "error: Input/output error (train.bin); *"),
+            (1, ["fail", 5, "defect"], 70, "in process 1"),
+        ],
+        ids=["memory", "disk", "disk of the first", "defect"],
+    )
+    def test_what_fails_on_one_alone_is_said_there(self, rank, hook, code, last_line, pair, tmp_path):
+        hooks = [[], []]
+        hooks[rank] = [hook]
+        ended = pair(f"run_dir={tmp_path}", hooks=hooks)
+        failed, other = ended[rank], ended[1 - rank]
+        assert other.code > 0 and other.err.count("\n") == (rank == 1), "more than the first one's greeting"
+        assert fnmatch.fnmatch(failed.err.splitlines()[-1], last_line)
+        assert failed.code == (1 if code == 70 else code)  # python's own code, after a traceback
+        assert failed.err.count("Traceback (most") == (code == 70)
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert (status["code"], status["step"]) == (code, 5)
+        assert newest_step(tmp_path) == 4
+
+    @pytest.mark.parametrize("delay", [0.0, 0.5])
+    def test_a_defect_of_both_is_shown_once(self, delay, pair, tmp_path):
+        ended = pair(f"run_dir={tmp_path}", hooks=[[["fail", 5, "defect", delay]], [["fail", 5, "defect"]]])
+        assert [each.err.count("Traceback (most") for each in ended] == [1, 0]
+        assert all(each.code != 0 for each in ended) and ended[1].err == ""
+        assert json.loads((tmp_path / "status.json").read_text())["reason"] == "ZeroDivisionError: by zero"
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_full_disk_of_one_ends_both(self, rank, pair, tmp_path):
+        hooks = [[], []]
+        hooks[rank] = [["fill_disk", "optimizer"]]
+        ended = pair(f"run_dir={tmp_path}", hooks=hooks)
+        assert codes(ended) == [74, 74] and [len(each.errors) for each in ended] == [1, 0]
+        assert "No space left on device" in ended[0].err and ended[1].err == ""
+        assert json.loads((tmp_path / "status.json").read_text())["code"] == 74
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_one_that_is_killed_is_missed_by_the_other(self, rank, pair, tmp_path):
+        hooks = [[], []]
+        hooks[rank] = [["send_signal", 5, "SIGKILL"]]
+        ended = pair(f"run_dir={tmp_path / 'run'}", hooks=hooks)
+        killed, other = ended[rank], ended[1 - rank]
+        assert killed.code == -signal.SIGKILL and other.code == 69
+        assert len(other.errors) == 1 and "another process of the run is gone" in other.errors[0]
+        assert "Traceback" not in other.err
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert (status["code"], status["step"]) == (69, 5)
+        assert codes(pair(f"run_dir={tmp_path / 'run'}")) == [0, 0]
+        assert codes(pair(f"run_dir={tmp_path / 'whole'}")) == [0, 0]
+        assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+    @pytest.mark.parametrize(
         ("overrides", "code", "fragments"),
         [
             (["processes=3", "batch_size=12"], 64, ["processes=3", "2 process"]),
@@ -183,3 +240,18 @@ class TestOfTwo:
         for fragment in fragments:
             assert fragment in ended[0].errors[0]
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("hook", "code"),
+    [(["fail", 5, "disk"], 74), (["send_signal", 5, "SIGKILL"], 69)],
+    ids=["fails", "is killed"],
+)
+def test_if_one_of_four_ends_so_do_all_and_one_says_why(hook, code, runs, arguments, tmp_path):
+    hooks = [[], [], [hook], []]
+    ended = run_together(runs, 4, *arguments, "micro_batch_size=1", f"run_dir={tmp_path}", hooks=hooks)
+    assert all(each.code not in (0, -signal.SIGALRM) for each in ended)
+    errors = [line for each in ended for line in each.errors]
+    assert len(errors) == 1 and not any("Traceback" in each.err for each in ended)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["code"] == code and status["reason"] in errors[0]

@@ -139,6 +139,7 @@ class TestTime:
         assert not (out / "a-seed=1").exists() and not (out / "a-seed=2").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("[!w]*.yaml")), ids=lambda path: path.stem)
 def test_the_queues_that_are_here_compose(path, token_files, tmp_path):
     runs = run_queue.read_queue(path, tmp_path, [f"data.path={token_files}"])

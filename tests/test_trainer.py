@@ -1,5 +1,6 @@
 """What one step does: the gradient, its clipping, the learning rate, and steps that are not finite."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -45,7 +46,7 @@ def state_of(trainer, model):
     states = trainer.optimizer.state
     return [
         [p.detach().clone() for p in model.parameters()],
-        [{key: value.clone() for key, value in states[p].items()} for p in model.parameters() if p in states],
+        [copy.deepcopy(states[p]) for p in model.parameters() if p in states],
     ]
 
 

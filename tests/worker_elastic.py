@@ -70,13 +70,13 @@ def same(ours: SavedTensors, theirs: SavedTensors, name: str) -> bool:
     return name in ours and name in theirs and torch.equal(ours[name][:], theirs[name][:])
 
 
-def every_break(folder: Path) -> None:
-    """Break the run off after each number of steps, in each mode; every end must be the undisturbed one's."""
+def breaks(folder: Path, modes: list[str], stride: int) -> None:
+    """Break the run off after every `stride`-th step, in each mode; all must end as the undisturbed one."""
     wrong = []
-    for mode in ("ddp", "fsdp", "hsdp"):
+    for mode in modes:
         go_on(folder / mode / "undisturbed", None, mode=mode)
         expected = checkpoint.latest(folder / mode / "undisturbed" / "checkpoints")
-        for step in range(1, STEPS):
+        for step in range(1, STEPS, stride):
             for in_background in (False, True) if step == 4 else (False,):
                 run = folder / mode / f"broken_{step}_{in_background}"
                 go_on(run, step, mode=mode, save_in_background=in_background)
@@ -91,8 +91,8 @@ def every_break(folder: Path) -> None:
 
 if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2])
-    if what == "every break":
-        every_break(folder)
+    if what == "breaks":
+        breaks(folder, sys.argv[4:], int(sys.argv[3]))
     else:
         mode, stop, dtype = sys.argv[3:]
         stop_at_step = None if stop == "end" else int(stop)

@@ -103,13 +103,24 @@ def fill_disk(name: str) -> None:
     durable.before = before
 
 
-def look_at(pid_file: str, state_file: str) -> None:
-    """Note in which state another process is one second into the last of this one's writing."""
+def fail(step: int, kind: str, seconds: float = 0.0) -> None:
+    """Raise an error of this process, some time later than others might."""
+    errors = {"disk": OSError(5, "Input/output error", "train.bin"), "defect": ZeroDivisionError("by zero")}
+
+    def fail_now() -> None:
+        time.sleep(seconds)
+        raise errors[kind]
+
+    at_step(step, fail_now)
+
+
+def look_at(pids_file: str, state_file: str) -> None:
+    """Note in which state the second process is one second into the last of this one's writing."""
 
     def before(operation: str, path: Path) -> None:
         if path.name == "status.json" and operation == "rename":
             time.sleep(1)  # more than the other one would take to leave
-            stat = Path("/proc", Path(pid_file).read_text(), "stat")
+            stat = Path("/proc", Path(pids_file).read_text().split()[1], "stat")
             Path(state_file).write_text(stat.read_text().rpartition(")")[2].split()[0])
 
     durable.before = before
@@ -131,6 +142,7 @@ HOOKS = {
         spoil_gradient,
         run_out_of_memory,
         fill_disk,
+        fail,
         look_at,
         hide_package,
     )

@@ -170,6 +170,7 @@ def test_it_is_one_page(finished, defaults):
 )
 def test_a_damaged_file_is_named(name, content, reason, copied):
     (copied / name).write_text(content, encoding="latin-1")
+    (copied / "card.md").unlink()
     with pytest.raises(DataError, match=reason):
         write_card(copied)
     assert not (copied / "card.md").exists()

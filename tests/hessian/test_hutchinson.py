@@ -70,7 +70,8 @@ def test_is_one_graph_for_the_compiler(prepared, monkeypatch):
     monkeypatch.setattr(hutchinson, "hessian_product", one_graph)
     compiled = Hutchinson().estimate(whole, data, 0)
     found, expected = (flat(each[p] for p in params) for each in (compiled, plain))
-    assert (found - expected).norm() < (0.02 if prepared else 1e-6) * expected.norm()  # bf16, and its rounding
+    tolerance = 0.02 if prepared else 1e-6  # bf16, and its rounding
+    assert (found - expected).norm() < tolerance * expected.norm()
 
 
 def test_probes_are_what_they_are_called():
