@@ -145,8 +145,9 @@ def _products(options: argparse.Namespace) -> Iterator[None]:
 
 
 def _transformers() -> ModuleType:
-    # a torchvision that was built for another torch would keep transformers from importing
-    sys.modules["torchvision"] = None  # type: ignore[assignment]
+    # those that were built for another torch would keep transformers from importing, or make it complain
+    for package in ("torchvision", "torchao"):
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
     try:
         import transformers
     except ImportError:
