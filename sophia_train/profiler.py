@@ -1,4 +1,4 @@
-"""A trace of a few training steps, recorded by torch's profiler (`profile=true`)."""
+"""Where the time of a few training steps goes, recorded by torch's profiler (`profile=true`)."""
 
 import contextlib
 import logging
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from sophia_train import durable
@@ -26,7 +27,8 @@ def traced(folder: Path, step: int, interval: int | None) -> Iterator[Callable[[
     and those before and after it. A body that ends earlier leaves what there is of them.
 
     Args:
-        folder: takes a file of gzipped JSON in Chrome's trace format, named after the steps.
+        folder: takes a file of gzipped JSON in Chrome's trace format, named after the steps, and a list of
+            what the GPU, or without one the host, spent its time on.
         step: completed steps at the start of the body.
         interval: refreshes are before steps that follow a multiple of so many; None if there are none.
 
@@ -49,7 +51,10 @@ def traced(folder: Path, step: int, interval: int | None) -> Iterator[Callable[[
             made = Path(place, path.name)
             profile.export_chrome_trace(str(made))
             durable.write_bytes(path, made.read_bytes())
+        budget = path.with_name(path.name.replace(".json.gz", ".txt"))
+        durable.write_text(budget, time_budget(profile, last - first))
         logger.info("steps %d to %d are in %s; open it at https://ui.perfetto.dev", first + 1, last, path)
+        logger.info("what they spent their time on is in %s", budget)
         written = True
 
     activities = [ProfilerActivity.CPU]
@@ -69,3 +74,27 @@ def traced(folder: Path, step: int, interval: int | None) -> Iterator[Callable[[
         logger.warning(
             "profile=true: the run ended before step %d, the first to record; there is no trace", first + 1
         )
+
+
+def time_budget(profile: torch.profiler.profile, steps: int) -> str:
+    """List where the time went, the longest first: kernels of the GPU, or without one what the host did.
+
+    Args:
+        profile: of a few steps.
+        steps: how many.
+
+    Returns:
+        A line each: milliseconds a step, share of all, calls a step, name.
+    """
+    on_gpu = torch.cuda.is_available()
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    rows = []
+    for event in profile.key_averages():
+        if event.device_type == kind and not event.is_user_annotation:  # which spans others
+            spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            rows.append((spent / 1e3 / steps, event.count / steps, event.key))
+    total = sum(spent for spent, _, _ in rows)
+    lines = [f"{total:9.2f} ms a step, in all"]
+    for spent, calls, name in sorted(rows, reverse=True):
+        lines.append(f"{spent:9.3f} {spent / total:6.1%} {calls:7.1f} x  {name}")
+    return "\n".join(lines) + "\n"

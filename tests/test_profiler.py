@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 from support import result
@@ -24,10 +25,18 @@ def plain(tiny, tmp_path_factory):
 def test_a_trace_has_three_steps_and_a_refresh(tiny, plain, tmp_path):
     ended = tiny(tmp_path, "max_steps=14", "profile=true")
     assert ended.code == 0
-    (trace,) = (tmp_path / "profile").iterdir()
+    (trace,) = (tmp_path / "profile").glob("*.gz")
     assert trace.name == "steps_00000010-00000012.json.gz"
     (line,) = [line for line in ended.err.splitlines() if str(trace) in line]
     assert "ui.perfetto.dev" in line
+    (budget,) = (tmp_path / "profile").glob("*.txt")
+    assert budget.name == "steps_00000010-00000012.txt" and str(budget) in ended.err
+    total, *lines = budget.read_text().splitlines()
+    assert sum(float(each.split()[0]) for each in lines) == pytest.approx(float(total.split()[0]), rel=0.01)
+    spent = [float(each.split()[0]) for each in lines]
+    assert spent == sorted(spent, reverse=True)
+    assert any(re.search(r" \d+\.\d x  aten::mm$", each) for each in lines)
+    assert not any(each.endswith("x  hessian") for each in lines)  # it spans others
     assert {"aten::mm", "aten::embedding", "hessian"} <= set(names(trace))
     assert names(trace).count(STEP) == 3
     assert result(tmp_path) == result(plain)  # weights, optimizer state and metrics, bitwise
@@ -41,7 +50,7 @@ def test_a_resumed_run_counts_from_where_it_goes_on(tiny, tmp_path):
     overrides = ["max_steps=17", "hessian.interval=5"]
     assert tiny(tmp_path, *overrides, "stop_at_step=3").code == 75
     assert tiny(tmp_path, *overrides, "profile=true").code == 0
-    (trace,) = (tmp_path / "profile").iterdir()
+    (trace,) = (tmp_path / "profile").glob("*.gz")
     assert trace.name == "steps_00000015-00000017.json.gz"  # 3 + 10 steps, and on to a multiple of 5
     assert "hessian" in names(trace)
 
@@ -49,7 +58,7 @@ def test_a_resumed_run_counts_from_where_it_goes_on(tiny, tmp_path):
 @pytest.mark.parametrize(("end", "code"), [("max_steps=11", 0), ("stop_at_step=11", 75)])
 def test_a_run_that_ends_on_the_way_leaves_what_there_is(end, code, tiny, tmp_path):
     assert tiny(tmp_path, "max_steps=20", end, "profile=true").code == code
-    (trace,) = (tmp_path / "profile").iterdir()
+    (trace,) = (tmp_path / "profile").glob("*.gz")
     assert trace.name == "steps_00000010-00000011.json.gz"
     assert names(trace).count(STEP) == 2
 
