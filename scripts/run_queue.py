@@ -1,4 +1,4 @@
-"""Work off a queue of runs, in one session or in several.
+"""Work off a queue of runs, at once or bit by bit.
 
     python scripts/run_queue.py FILE --out DIR [--seconds N] [--parallel N] [-- OVERRIDE ...]
 
@@ -45,7 +45,7 @@ def _run(arguments: Sequence[str]) -> None:
         "--seconds",
         type=positive_number,
         metavar="N",
-        help="of this session; begin no run that would not end in it",
+        help="of this invocation; begin no run that would not end in it",
     )
     parser.add_argument(
         "--parallel", type=whole_number, default=1, metavar="N", help="runs beside each other (1)"

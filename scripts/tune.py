@@ -104,7 +104,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--seconds",
         type=positive_number,
         metavar="N",
-        help="of this session; begin no trial that would not end in it",
+        help="of this invocation; begin no trial that would not end in it",
     )
     parser.add_argument(
         "--discard-weights", action="store_true", help="keep of a trial what is small: not its weights"

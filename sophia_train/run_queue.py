@@ -1,4 +1,4 @@
-"""A queue of runs, worked off in as many sessions as it takes.
+"""A queue of runs, worked off in as many invocations as it takes.
 
 A file in YAML says which runs there are, in the words of `python -m sophia_train -m`:
 

@@ -216,7 +216,7 @@ def tune(studies: Sequence[OptimizerStudy], budget: Budget, seconds: float | Non
     Args:
         studies: one of each optimizer.
         budget: of each.
-        seconds: of this session; None is no limit.
+        seconds: of this invocation; None is no limit.
 
     Raises:
         Interrupted: something is left.
