@@ -30,7 +30,7 @@ from torch.optim.optimizer import Optimizer
 from sophia_train import durable
 from sophia_train.checkpoint_files import Rows, SavedTensors, file_name, fingerprint
 from sophia_train.collectives import gather, rank, together, world_size
-from sophia_train.errors import ConfigError, DataError, MissingInputError
+from sophia_train.errors import ConfigError, DataError, MissingInputError, RunError, as_run_error
 from sophia_train.optim import shards
 from sophia_train.optim.evaluation_weights import evaluation_weights, has_evaluation_weights
 
@@ -90,7 +90,7 @@ class Save:
         assert begun[0] is not None
         self._temporary = begun[0]
         self._fingerprints: dict[str, Any] = {}
-        self._error: OSError | None = None
+        self._error: OSError | RunError | None = None
         self._thread = threading.Thread(target=self._write, daemon=True) if in_background else None
         if self._thread is None:
             self._write()
@@ -135,8 +135,10 @@ class Save:
                 self._fingerprints[name] = fingerprint(path)
         except SafetensorError as error:
             self._error = OSError(errno.EIO, str(error), str(path))
-        except OSError as error:
+        except (OSError, RunError) as error:
             self._error = error
+        except Exception as error:  # of which nobody else would hear, on a thread of its own
+            self._error = as_run_error(error)
         self._files = {}
 
     def _result(self) -> dict[str, Any]:

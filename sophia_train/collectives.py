@@ -44,6 +44,13 @@ def gather(value: T, group: ProcessGroup | None = None) -> list[T]:
     return cast(list[T], values)
 
 
+def _that_can_be_sent(error: OSError | RunError) -> OSError | RunError:
+    """An error of the same meaning, without what libraries hang on theirs."""
+    if isinstance(error, RunError):
+        return error
+    return OSError(error.errno, error.strerror or str(error), error.filename)
+
+
 def together(work: Callable[[], T], timeout: timedelta | None = None) -> list[T]:
     """Do `work` on every process; where one fails, all fail, so that none is left waiting for it.
 
@@ -66,7 +73,7 @@ def together(work: Callable[[], T], timeout: timedelta | None = None) -> list[T]
         result = work()
     except (OSError, RunError) as caught:
         error = caught
-    outcomes = gather((result, error), group)
+    outcomes = gather((result, error and _that_can_be_sent(error)), group)
     if group is not None:
         torch.distributed.destroy_process_group(group)
     failures = [each for _, each in outcomes if each is not None]

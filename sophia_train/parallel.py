@@ -47,7 +47,8 @@ def prepare(
         compiled: whether to compile it: whole, or where it is sharded block by block, between which
             parameters come and go.
         shard_processes: processes that share a copy in hsdp; None takes those of one machine.
-        gradient_type: in which FSDP2 sends gradients and sums them up.
+        gradient_type: in which FSDP2 sends gradients; with bf16 those of each micro-batch, to add them up in
+            float32.
 
     Returns:
         What to call for a forward pass whose backward pass averages gradients over processes, and a context
@@ -85,6 +86,8 @@ def prepare(
     # a forward pass, in wait for a backward pass, which an evaluation does not make.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     assert isinstance(model, FSDPModule)
+    if gradient_type is torch.bfloat16:  # in which FSDP2 would add up those of micro-batches, too
+        return model, contextlib.nullcontext
     return model, functools.partial(_keeping_gradients, model)
 
 

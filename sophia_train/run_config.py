@@ -33,6 +33,10 @@ TARGETS: dict[str, tuple[type, tuple[str, ...]]] = {
 """What the `_target_` of a group must be, and the packages it may be from; nothing else is ever imported."""
 
 
+WHOLE_TENSORS = {"Adafactor", "Shampoo", "SOAP", "MARS"}
+"""Optimizers of the libraries that cannot work on sharded parameters: they mix them with plain tensors."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainerConfig):
     """All settings of a run; `configs/train.yaml` says what each is for.
@@ -278,6 +282,12 @@ def _check_parallel(config: RunConfig) -> None:
     if config.processes is not None:
         parallel.count_shards(config.parallel, config.processes, config.shard_processes)
     modes = [f"parallel={config.parallel}"] if config.parallel != "ddp" else []
+    for node in _optimizer_nodes(config.optimizer).values() if modes else ():
+        if node["_target_"].rpartition(".")[2] in WHOLE_TENSORS:
+            raise ConfigError(
+                f"parallel={config.parallel}: {node['_target_']} needs whole tensors on each process; "
+                "use parallel=ddp, or another optimizer"
+            )
     estimator: Estimator = build(config.hessian)
     for mode in modes + ["strict=true"] * config.strict:
         if estimator.reduces_itself:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from sophia_train import checkpoint, compile_cache, distributed, parallel
-from sophia_train.collectives import sum_over_processes
+from sophia_train.collectives import gather, sum_over_processes
 from sophia_train.compare.card import write_card
 from sophia_train.compare.curves import plot_run
 from sophia_train.config import compose, run_config
@@ -261,9 +261,8 @@ def _micro_batch_size(config: RunConfig, model: GPT2, accelerator: Accelerator) 
     device = accelerator.device
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
     sequences = config.batch_size // accelerator.num_processes
-    return plan_micro_batch(
-        model, sequences, accelerator.mixed_precision == "bf16", memory, _count_shards(config, accelerator)
-    )
+    bf16, shards = accelerator.mixed_precision == "bf16", _count_shards(config, accelerator)
+    return min(gather(plan_micro_batch(model, sequences, bf16, memory, shards)))  # of the smallest device
 
 
 def _count_shards(config: RunConfig, accelerator: Accelerator) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sophia_train import checkpoint
-from sophia_train.collectives import sum_over_processes
+from sophia_train.collectives import sum_over_processes, together
 from sophia_train.data.batches import Batch, Batches
 from sophia_train.data.loader import Loader
 from sophia_train.distributed import StopSignal
@@ -262,8 +262,11 @@ class Trainer:
         if self._saving is not None:
             self._saving.finish()
             self._saving = None
-            if self.replica.rank == 0:
-                checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
+            self._prune()
+
+    def _prune(self) -> None:
+        keep = self.config.keep_checkpoints
+        together(lambda: checkpoint.prune(self.checkpoints, keep) if self.replica.rank == 0 else None)
 
     @property
     def finished(self) -> bool:
@@ -290,8 +293,7 @@ class Trainer:
         loss = manifest["validation_loss"]
         self.validation_loss = math.nan if loss is None else loss
         self._saved_step = self.state.step
-        if self.replica.rank == 0:  # this one is verified, and a kill may have come before the last pruning
-            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
+        self._prune()  # this one is verified, and a kill may have come before the last pruning
 
     def _finite_validation_loss(self) -> float | None:
         """The loss as JSON has it, which knows no NaN: a model may have one before the run gives up."""
@@ -358,6 +360,7 @@ class Trainer:
         logger.warning("%s; the update was skipped (%d so far)", what, state.skipped_steps)
         if state.consecutive_skipped_steps > limit:
             self.finish_save()
+            self._log({"train/loss": result.loss})  # and with it what was spent
             raise NotFiniteError(
                 f"{what}, and max_skipped_steps={limit} before it were not finite either; "
                 "start anew (another name=) with a lower optimizer.lr or a longer schedule.warmup_steps"

@@ -79,6 +79,7 @@ class TestSettings:
             (["strict=true", "micro_batch_size=1", "precision=bf16"], ["strict=true", "precision=fp32"]),
             (["strict=true", "micro_batch_size=1", "hessian.groups=2"], ["strict=true", "hessian.groups=1"]),
             (["strict=true", "micro_batch_size=1", "processes=3", "batch_size=12"], ["strict", "power of 2"]),
+            (["parallel=fsdp", "optimizer=adafactor", "~hessian.interval"], ["Adafactor", "parallel=ddp"]),
             (["gradient_type=fp16"], ["gradient_type=fp16", "bf16"]),
         ],
         ids=lambda value: " ".join(value) if "=" in value[0] else "",

@@ -10,7 +10,7 @@ from support import ROOT, contents
 from torch import nn
 
 from sophia_train import checkpoint, durable
-from sophia_train.errors import ConfigError, DataError, MissingInputError
+from sophia_train.errors import ConfigError, DataError, MissingInputError, RunError
 from sophia_train.optim import Sophia
 
 
@@ -300,3 +300,18 @@ def rewrite(path, change):
     change(manifest)
     manifest["sha256"] = checkpoint._manifest_digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_no_error_of_writing_is_lost(in_background, tmp_path, monkeypatch):
+    """Else a checkpoint without its optimizer would be committed, and the older ones removed."""
+
+    def before(operation, path):
+        if path.name == "optimizer.safetensors":
+            raise MemoryError("no memory")
+
+    monkeypatch.setattr(durable, "before", before)
+    saving = checkpoint.Save(tmp_path, 5, *make(), {}, in_background=in_background)
+    with pytest.raises(RunError, match="MemoryError: no memory"):
+        saving.finish()
+    assert list(tmp_path.iterdir()) == []

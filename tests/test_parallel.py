@@ -18,7 +18,7 @@ LENGTH = ["batch_size=8", "micro_batch_size=2", "sample_interval=3", "sample_tok
 def launch(runs, token_files):
     def run(processes, *overrides, **options):
         arguments = [*TINY, *LENGTH, f"data.path={token_files}", *overrides]
-        if "optimizer=adamw" in overrides:
+        if {"optimizer=adamw", "optimizer=schedule_free"} & set(overrides):
             arguments.remove("hessian.interval=2")
         return launch_together(runs, processes, *arguments, **options)
 
@@ -145,3 +145,15 @@ def test_strict_runs_end_in_the_same_bits_on_any_number_of_processes(launch, tmp
         weights = checkpoint.load_weights(folder)[0]
         digests.add(b"".join(bytes(weights[name].flatten().view(torch.uint8)) for name in sorted(weights)))
     assert len(digests) == 1
+
+
+def test_weights_that_are_kept_for_evaluation_are_sharded_too(launch, tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    metrics = []
+    for processes, mode in ((1, "ddp"), (2, "fsdp")):
+        folder = tmp_path / mode
+        overrides = ["optimizer=schedule_free", f"parallel={mode}"]
+        assert [each.code for each in launch(processes, f"run_dir={folder}", *overrides)] == [0] * processes
+        metrics.append(records(folder))
+    for found, expected in zip(*reversed(metrics), strict=True):
+        close(found, expected, expected["step"])

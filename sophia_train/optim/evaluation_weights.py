@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch.optim.optimizer import Optimizer
 
+from sophia_train.optim.shards import locals_of
+
 
 def has_evaluation_weights(optimizer: Optimizer) -> bool:
     """Whether the optimizer keeps weights to evaluate apart, and has `eval` and `train` to swap them."""
@@ -30,4 +32,4 @@ def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         optimizer.train()  # type: ignore[attr-defined]
-        torch._foreach_copy_(parameters, trained)
+        torch._foreach_copy_(locals_of(parameters), locals_of(trained))
