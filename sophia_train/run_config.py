@@ -137,6 +137,14 @@ def build(node: Mapping[str, Any], *arguments: Any, **extra: Any) -> Any:
     return owner(*arguments, **{**_arguments(node), **extra})
 
 
+def empty_model(config: RunConfig) -> GPT2:
+    """Build the model of a run without memory for its weights."""
+    with torch.device("meta"):
+        model = GPT2(config.model)
+    model.transformer.recompute_blocks = config.activation_checkpointing == "blocks"
+    return model
+
+
 def build_optimizer(node: Mapping[str, Any], model: GPT2) -> torch.optim.Optimizer:
     """Build the optimizer of a run, over the decayed and the other parameters of a model.
 
@@ -225,8 +233,7 @@ def _check_others(optimizer: Settings) -> None:
 
 def _check_sharing(config: RunConfig) -> None:
     if config.optimizer.get("others"):
-        with torch.device("meta"):
-            build_optimizer(config.optimizer, GPT2(config.model))
+        build_optimizer(config.optimizer, empty_model(config))
 
 
 def _check_text(config: RunConfig) -> None:

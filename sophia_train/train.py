@@ -33,7 +33,14 @@ from sophia_train.models.float8 import use_float8
 from sophia_train.models.gpt2 import GPT2, GPT2Config
 from sophia_train.planning.work import work_of
 from sophia_train.profiler import traced
-from sophia_train.run_config import RunConfig, build, build_optimizer, to_json, with_processes
+from sophia_train.run_config import (
+    RunConfig,
+    build,
+    build_optimizer,
+    empty_model,
+    to_json,
+    with_processes,
+)
 from sophia_train.run_folder import RunFolder, environment
 from sophia_train.throughput import Throughput
 from sophia_train.trackers.base import RunInfo, Silent, Tracker, Trackers
@@ -210,7 +217,7 @@ def build_trainer(
 
 def _build_model(config: RunConfig, init_from: str | None, device: torch.device) -> GPT2:
     """Build the model on its device, with new weights or those of `init_from`."""
-    model = _empty_model(config).to_empty(device=device)
+    model = empty_model(config).to_empty(device=device)
     if init_from is None:
         model.initialize(config.seed)
         return model
@@ -222,14 +229,6 @@ def _build_model(config: RunConfig, init_from: str | None, device: torch.device)
         theirs, weights = convert.load_folder(source)
     _check_same_shape(theirs, config.model, init_from)
     checkpoint.load_parameters(model, weights, init_from)
-    return model
-
-
-def _empty_model(config: RunConfig) -> GPT2:
-    """Build the model without memory for its weights."""
-    with torch.device("meta"):
-        model = GPT2(config.model)
-    model.transformer.recompute_blocks = config.activation_checkpointing == "blocks"
     return model
 
 
@@ -370,7 +369,7 @@ def _conclude(trainer: Trainer, splits: Splits, tokenizer: Tokenizer, folder: Ru
 
 def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
     """Print what a run would be (`dry_run=true`)."""
-    model = _empty_model(config)
+    model = empty_model(config)
     build_optimizer(config.optimizer, model)
     processes, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
     size, shards = _micro_batch_size(config, model, accelerator), _count_shards(config, accelerator)

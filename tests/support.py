@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -265,17 +264,3 @@ def result(run_dir: Path) -> dict:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder; nothing if it does not exist."""
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def launch_together(runs: Runs, processes: int, *arguments, **options) -> list[Ended]:
-    """Run the command line on several processes, as a launcher would, and without one: each has its code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {key: str(value) for key, value in place.items()}
-        started.append(runs.start(*arguments, environment=environment, **options))
-    return [runs.wait(each) for each in started]

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from support import ROOT, TINY, launch_together, records, result
+from launching import run_together
+from support import ROOT, TINY, records, result
 
 from sophia_train import checkpoint
 from sophia_train.models import convert
@@ -20,7 +21,7 @@ def launch(runs, token_files):
         arguments = [*TINY, *LENGTH, f"data.path={token_files}", *overrides]
         if {"optimizer=adamw", "optimizer=schedule_free"} & set(overrides):
             arguments.remove("hessian.interval=2")
-        return launch_together(runs, processes, *arguments, **options)
+        return run_together(runs, processes, *arguments, **options)
 
     return run
 
@@ -114,7 +115,7 @@ def test_a_disk_that_is_full_for_one_ends_all_and_the_last_checkpoint_stays(laun
     folder = tmp_path / "run"
     arguments = [f"run_dir={folder}", "parallel=fsdp", "optimizer=adamw"]
     assert [each.code for each in launch(4, *arguments, "stop_at_step=2")] == [75] * 4
-    ended = launch(4, *arguments, hooks=[["fill_disk", "model-00003"]])
+    ended = launch(4, *arguments, hooks=4 * [[["fill_disk", "model-00003"]]])
     assert [each.code for each in ended] == [74] * 4, ended
     assert "No space left" in ended[0].errors[0]
     newest = checkpoint.latest(folder / "checkpoints")

@@ -4,15 +4,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from sophia_train.errors import ConfigError
 from sophia_train.memory import plan_micro_batch
-from sophia_train.models.gpt2 import GPT2
 from sophia_train.parallel import count_shards
 from sophia_train.planning.cluster import Cluster
 from sophia_train.planning.work import Work, optimizer_bytes, work_of
-from sophia_train.run_config import RunConfig, with_processes
+from sophia_train.run_config import RunConfig, empty_model, with_processes
 from sophia_train.schema_check import show
 
 MOST_MEMORY = 0.8  # of the card, for what surely fits: measured peaks are up to a quarter above the estimate
@@ -58,9 +55,7 @@ def planned_run(config: RunConfig, cluster: Cluster) -> PlannedRun:
         config = dataclasses.replace(config, shard_processes=cluster.gpus_per_node)
     config = with_processes(config, cluster.gpus)
     shards = count_shards(config.parallel, cluster.gpus, config.shard_processes)
-    with torch.device("meta"):
-        model = GPT2(config.model)
-    model.transformer.recompute_blocks = config.activation_checkpointing == "blocks"
+    model = empty_model(config)
     micro_batch_size = config.micro_batch_size or plan_micro_batch(
         model, config.batch_size // cluster.gpus, True, cluster.card.memory, shards
     )
