@@ -8,6 +8,7 @@ from typing import Any
 
 from sophia_train.compare.runs import Run, is_compared
 from sophia_train.errors import ConfigError
+from sophia_train.trackers.labels import optimizer_label
 
 SHAPE = ("model.n_layer", "model.n_embd")
 """Settings that make the size of a model; losses are compared among models of one size."""
@@ -114,9 +115,8 @@ def optimizer_name(settings: Mapping[str, Any]) -> str:
         key: str(value).rpartition(".")[2] for key, value in settings.items() if key.endswith("._target_")
     }
     others = {name for key, name in classes.items() if key.startswith("optimizer.others.")}
-    name, estimator = classes.get("optimizer._target_", ""), classes.get("hessian._target_", "NoHessian")
-    first = name if estimator == "NoHessian" else f"{name} {estimator}"
-    return " + ".join([first, *sorted(others)])
+    estimator = classes.get("hessian._target_", "NoHessian")
+    return optimizer_label(classes.get("optimizer._target_", ""), estimator, others)
 
 
 def size_name(parameters: int) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -52,11 +52,16 @@ def group_name(run: RunInfo) -> str:
     return " ".join([*words, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])
 
 
+def optimizer_label(optimizer: str, estimator: str, others: Iterable[str]) -> str:
+    """Name optimizers and estimator by their classes, such as `AdamW`, `Sophia GNB` or `Muon + AdamW`."""
+    first = optimizer if estimator == "NoHessian" else f"{optimizer} {estimator}".strip()
+    return " + ".join([first, *sorted(others)])
+
+
 def _optimizer(config: Mapping[str, Any]) -> str:
     optimizer, estimator = config.get("optimizer", {}), _class(config.get("hessian", {}))
-    first = [_class(optimizer), *([estimator] if estimator != "NoHessian" else [])]
-    others = sorted({_class(other) for other in (optimizer.get("others") or {}).values()})
-    return " + ".join([" ".join(first).strip(), *others])
+    others = {_class(other) for other in (optimizer.get("others") or {}).values()}
+    return optimizer_label(_class(optimizer), estimator, others)
 
 
 def _model(model: Mapping[str, Any]) -> str:
