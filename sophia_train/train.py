@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from rich.table import Column, Table
 
 from sophia_train import checkpoint, compile_cache, distributed, parallel
@@ -44,6 +43,7 @@ from sophia_train.run_config import (
 from sophia_train.run_folder import RunFolder, environment
 from sophia_train.throughput import Throughput
 from sophia_train.trackers.base import RunInfo, Silent, Tracker, Trackers
+from sophia_train.trackers.console import Output
 from sophia_train.trackers.jsonl import JsonlTracker
 from sophia_train.trainer import NotFiniteError, Trainer
 
@@ -398,4 +398,4 @@ def _print(rows: Mapping[str, str]) -> None:
     table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(highlight=False).print(table)
+    Output(highlight=False).print(table)

@@ -71,6 +71,17 @@ def test_a_run_from_text_to_sample(tmp_path):
     assert set(names.split()) < set(line)
 
 
+def test_a_run_outlives_the_reader_of_its_output(token_files, tmp_path):
+    """As with `python -m sophia_train ... | head -3`."""
+    arguments = ["data=token_files", f"data.path={token_files}", "data.tokenizer=bytes", "tracker=console"]
+    started = program(*TINY, *arguments, "max_steps=10", f"run_dir={tmp_path}", cwd=tmp_path)
+    started.stdout.close()
+    with started.stderr as pipe:
+        err = pipe.read()
+    assert started.wait(timeout=60) == 0 and "Error" not in err, err
+    assert result(tmp_path)["status"]["reason"] == "finished"
+
+
 def test_every_optimizer_writes_the_same_metrics(tiny, tmp_path):
     names = {}
     for optimizer in ("sophia_g", "adamw"):

@@ -1,5 +1,7 @@
 """What a person sees of a run: a progress line on a terminal, plain lines elsewhere."""
 
+import os
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
@@ -9,6 +11,17 @@ from sophia_train.trackers.base import Record, RunInfo, Tracker
 
 SAMPLE_LINES = 8
 """Lines shown of a sample; the run folder has the whole."""
+
+
+class Output(Console):
+    """The standard output of a run, which goes on in silence when nobody reads it any more (as after `| head`)."""
+
+    def on_broken_pipe(self) -> None:
+        """Drop the rest; a plain `Console` would end the program."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())  # so that what is still buffered fails nowhere
+        os.close(nowhere)
 
 
 class ConsoleTracker(Tracker):
@@ -21,7 +34,7 @@ class ConsoleTracker(Tracker):
     slow = False
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or Output(highlight=False)
         self._total = 0
         self._progress: Progress | None = None
         self._pace = Pace()
