@@ -222,12 +222,12 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
         DataError, MissingInputError: as `verify`.
     """
     manifest = _verify_together(path)
-    trained = "training" if _has_kind(manifest, "training") else "model"
-    load_parameters(model, SavedTensors(path, trained), str(path))
+    weights = tensors_of(path, manifest, "training") or tensors_of(path, manifest, "model")
+    load_parameters(model, weights, str(path))
     try:
         if manifest["optimizer_class"] != _class_name(optimizer):
             raise ValueError(f"it is of {manifest['optimizer_class']}")
-        _load_state_by_name(model, optimizer, manifest["optimizer"], SavedTensors(path, "optimizer"))
+        _load_state_by_name(model, optimizer, manifest["optimizer"], tensors_of(path, manifest, "optimizer"))
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"optimizer state in {path} does not fit {_class_name(optimizer)}: {error}"
@@ -283,16 +283,21 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     checkpoint = find(path)
     manifest = verify(checkpoint)
-    return {name: saved[:] for name, saved in SavedTensors(checkpoint, "model").items()}, manifest
+    return {name: saved[:] for name, saved in tensors_of(checkpoint, manifest, "model").items()}, manifest
+
+
+def tensors_of(path: Path, manifest: Mapping[str, Any], kind: str) -> SavedTensors:
+    """Find the tensors of a kind ("model", "training", "optimizer") in the files that a manifest lists.
+
+    Raises:
+        DataError: a file is not a safetensors file.
+    """
+    return SavedTensors(path / name for name in sorted(manifest["files"]) if name.startswith(kind))
 
 
 def _verify_together(path: Path) -> dict[str, Any]:
     """Verify a checkpoint, each process some of its files."""
     return together(lambda: verify(path, rank(), world_size()))[rank()]
-
-
-def _has_kind(manifest: Mapping[str, Any], kind: str) -> bool:
-    return any(name.startswith(kind) for name in manifest["files"])
 
 
 def _class_name(optimizer: Optimizer) -> str:

@@ -5,7 +5,7 @@ where every tensor has its first rows in the first file. What has no rows is in 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,16 +63,15 @@ class SavedTensors(Mapping[str, SavedTensor]):
     """All tensors of a kind.
 
     Args:
-        folder: the checkpoint's.
-        kind: such as "model".
+        paths: its files, in order.
 
     Raises:
         DataError: a file is not a safetensors file.
     """
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, paths: Iterable[Path]) -> None:
         self._files: dict[str, list[Any]] = {}
-        for path in sorted(folder.glob(f"{kind}*.safetensors")):
+        for path in paths:
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:

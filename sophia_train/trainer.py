@@ -1,10 +1,11 @@
 """The training loop: what one step does, and what happens between steps."""
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -196,7 +197,7 @@ class Trainer:
         self._clock = time.perf_counter() - state.seconds
         if config.stop_at_step is not None and state.step >= config.stop_at_step:
             raise Interrupted(self._why_stopped())
-        with self.stop_signal.listening():
+        with self.stop_signal.listening(), self._committing_what_was_begun():
             if self.replica.world_size > 1 and not self.replica.sharded:
                 self._settle_buckets()
             if state.step == 0:
@@ -260,9 +261,20 @@ class Trainer:
     def finish_save(self) -> None:
         """Commit the checkpoint that is being written, verify it, and only then remove the oldest."""
         if self._saving is not None:
-            self._saving.finish()
-            self._saving = None
+            saving, self._saving = self._saving, None
+            saving.finish()
             self._prune()
+
+    @contextlib.contextmanager
+    def _committing_what_was_begun(self) -> Iterator[None]:
+        """Commit what is still being written also where training fails, if that takes no other process."""
+        try:
+            yield
+        except Exception:
+            if self.replica.world_size == 1:
+                with contextlib.suppress(Exception):  # the error that came first is the one to tell
+                    self.finish_save()
+            raise
 
     def _prune(self) -> None:
         keep = self.config.keep_checkpoints

@@ -180,6 +180,14 @@ class TestDamage:
         with pytest.raises(DataError, match="model.safetensors"):
             checkpoint.verify(saved)
 
+    def test_a_file_that_is_not_of_the_checkpoint_is_left_alone(self, saved, tmp_path):
+        model, optimizer = make(seed=1)
+        expected = checkpoint.load_weights(saved)[0]
+        stray = checkpoint.save(tmp_path, 6, *make(seed=3), {}) / "model.safetensors"
+        shutil.copy(stray, saved / "model-00002-of-00002.safetensors")
+        checkpoint.restore(saved, model, optimizer)
+        assert all(torch.equal(expected[name], found) for name, found in model.named_parameters())
+
     @pytest.mark.parametrize("content", ["null", "[]", "3", '"text"', "{}", '{"sha256": 1}'])
     def test_json_that_is_no_manifest(self, content, saved):
         (saved / "manifest.json").write_text(content)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sophia_train import checkpoint
-from sophia_train.checkpoint_files import SavedTensors
 
 WORKER = Path(__file__).parent / "worker_elastic.py"
 
@@ -29,8 +28,9 @@ def torchrun(processes, *arguments):
 
 
 def tensors(path):
-    kinds = ("model", "optimizer")
-    return {f"{kind} {n}": saved[:] for kind in kinds for n, saved in SavedTensors(path, kind).items()}
+    manifest = checkpoint.read_manifest(path)
+    kinds = {kind: checkpoint.tensors_of(path, manifest, kind) for kind in ("model", "optimizer")}
+    return {f"{kind} {name}": saved[:] for kind, found in kinds.items() for name, saved in found.items()}
 
 
 @pytest.fixture(scope="module")

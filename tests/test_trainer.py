@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from support import MODEL, build, records, result, start_trackers, text
 from torch.nn.functional import cross_entropy
 
 import sophia_train.trainer
-from sophia_train import checkpoint
+from sophia_train import checkpoint, durable
 from sophia_train.hessian import HessianUpdater
 from sophia_train.hessian.base import Estimator
 from sophia_train.models.gpt2 import GPT2, GPT2Config
@@ -180,6 +181,22 @@ class TestNotFinite:
         assert "resume" not in str(caught.value)  # a run is not resumed with another learning rate
         assert trainer.state.skipped_steps == 5
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+def test_an_error_does_not_take_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    failed = threading.Event()
+
+    def fail():
+        if trainer.state.step == 3:
+            failed.set()
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(durable, "before", lambda operation, path: operation == "write" and failed.wait(60))
+    trainer, _ = build(tmp_path, save_interval=2, save_in_background=True)
+    start_trackers(trainer, tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(between_steps=fail)
+    assert checkpoint.verify(checkpoint.latest(trainer.checkpoints))["step"] == 2
 
 
 class TestNotFiniteRun:

@@ -60,8 +60,12 @@ def go_on(folder: Path, stop_at_step: int | None, *, mode: str, resaves: bool = 
 def differences(one: Path, other: Path) -> list[str]:
     """Names of the tensors of which two checkpoints do not hold the same bits."""
     differing = []
+    manifests = [checkpoint.read_manifest(path) for path in (one, other)]
     for kind in ("model", "optimizer"):
-        ours, theirs = SavedTensors(one, kind), SavedTensors(other, kind)
+        ours, theirs = (
+            checkpoint.tensors_of(path, manifest, kind)
+            for path, manifest in zip((one, other), manifests, strict=True)
+        )
         differing += [name for name in ours.keys() | theirs.keys() if not same(ours, theirs, name)]
     return differing
 

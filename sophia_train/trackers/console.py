@@ -14,7 +14,7 @@ SAMPLE_LINES = 8
 
 
 class Output(Console):
-    """The standard output of a run, which goes on in silence when nobody reads it any more (as after `| head`)."""
+    """The standard output of a run, which goes on in silence when its reader is gone, as with `| head`."""
 
     def on_broken_pipe(self) -> None:
         """Drop the rest; a plain `Console` would end the program."""
