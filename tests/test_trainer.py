@@ -186,16 +186,21 @@ class TestNotFinite:
 def test_an_error_does_not_take_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
     failed = threading.Event()
 
+    def slow(operation, path):
+        if (operation, path.suffix) == ("write", ".safetensors"):
+            assert failed.wait(60)
+
     def fail():
         if trainer.state.step == 3:
             failed.set()
             raise ZeroDivisionError
 
-    monkeypatch.setattr(durable, "before", lambda operation, path: operation == "write" and failed.wait(60))
+    monkeypatch.setattr(durable, "before", slow)
     trainer, _ = build(tmp_path, save_interval=2, save_in_background=True)
     start_trackers(trainer, tmp_path)
     with pytest.raises(ZeroDivisionError):
         trainer.fit(between_steps=fail)
+    trainer.trackers.close(70)
     assert checkpoint.verify(checkpoint.latest(trainer.checkpoints))["step"] == 2
 
 
