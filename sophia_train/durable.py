@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,15 @@ def before(operation: str, path: Path) -> None:
     """Mark the moment before `operation` touches `path`; tests replace this to kill or to fail there."""
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file at `path` by `content`, all or nothing."""
-    temporary = _temporary(path)
+def write_bytes(path: Path, content: bytes, *, temporary: Path | None = None) -> None:
+    """Replace the file at `path` by `content`, all or nothing.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        temporary: its name until it is whole; `one_of_many(path)` where others may write it at the same time.
+    """
+    temporary = temporary or _temporary(path)
     try:
         with _open(temporary, "wb") as file:
             before("write", temporary)
@@ -37,9 +44,15 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace the file at `path` by `content` as indented JSON (NaN refused), all or nothing."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, content: Any, *, temporary: Path | None = None) -> None:
+    """Replace the file at `path` by `content` as indented JSON (NaN refused), as `write_bytes`."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(), temporary=temporary)
+
+
+def one_of_many(path: Path) -> Path:
+    """Name a file as no other process does, on whatever machine, and as `remove_leftovers` knows it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager

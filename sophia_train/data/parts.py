@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ class PartsFolder:
             durable.remove_leftovers(self.path)
         path = self.path / "plan.json"
         if not path.exists():
-            _write_json(path, self.plan)
+            durable.write_json(path, self.plan, temporary=durable.one_of_many(path))
         try:
             begun = json.loads(path.read_bytes())
         except ValueError:
@@ -125,7 +124,9 @@ class PartsFolder:
     def commit(self, index: int, part: Part) -> None:
         """Record what unit `index` came to, which must be on the disk: with this it is done."""
         content = dataclasses.asdict(part)
-        _write_json(self._record(index), {**content, "sha256": self._digest(index, content)})
+        record = self._record(index)
+        content["sha256"] = self._digest(index, content)
+        durable.write_json(record, content, temporary=durable.one_of_many(record))
 
     def remove(self) -> None:
         """Remove the folder, as far as that can be."""
@@ -190,7 +191,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.path = path
-        self._temporary = _temporary(path)
+        self._temporary = durable.one_of_many(path)
         self._dtype = np.dtype(DTYPES[dtype])
         self._buffer = np.empty(BUFFER_TOKENS, self._dtype)
         self._buffered = self._written = self._reserved = 0
@@ -254,25 +255,3 @@ def link(source: Path, target: Path) -> None:
         with source.open("rb") as original, target.open("wb") as copy:
             durable.reserve(copy, os.fstat(original.fileno()).st_size)
             shutil.copyfileobj(original, copy)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write a file all or nothing, as `durable.write_json`, also when several processes write the same."""
-    data = (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
-    temporary = _temporary(path)
-    try:
-        durable.before("open", temporary)
-        with temporary.open("wb") as file:
-            durable.reserve(file, len(data))
-            durable.before("write", temporary)
-            file.write(data)
-            durable.sync_file(file)
-        durable.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    """Name a file as no other process does, on whatever machine, and as `remove_leftovers` knows it."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

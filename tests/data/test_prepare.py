@@ -561,7 +561,7 @@ def alive(pid: int) -> bool:
     """Whether a process runs: one that waits to be reaped, by whoever has taken it over, does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # which reading gives when it ends meanwhile
         return False
 
 
