@@ -82,7 +82,14 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     add("--steps", type=whole_number, default=10, metavar="N", help="of one repeat (%(default)s)")
     add("--repeats", type=whole_number, default=5, metavar="N", help="timed (%(default)s)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="(%(default)s)")
-    add("--compile", action="store_true", help="compile the models")
+    add(
+        "--compile",
+        choices=["false", "true", "blocks"],
+        nargs="?",
+        const="true",
+        default="false",
+        help="the models, or each block by itself (%(default)s)",
+    )
     add("--json", type=Path, metavar="FILE", help=JSON_HELP)
 
 

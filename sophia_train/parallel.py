@@ -24,6 +24,7 @@ from sophia_train.errors import ConfigError
 from sophia_train.models.gpt2 import GPT2
 
 Mode = Literal["ddp", "fsdp", "hsdp"]
+Compiled = Literal["whole", "blocks"]
 NoSync = Callable[[], AbstractContextManager[None]]
 
 
@@ -32,7 +33,7 @@ def prepare(
     accelerator: Accelerator,
     mode: Mode,
     *,
-    compiled: bool = False,
+    compiled: Compiled | None = None,
     shard_processes: int | None = None,
     gradient_type: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, NoSync]:
@@ -44,8 +45,9 @@ def prepare(
         model: on the device of this process.
         accelerator: from `distributed.start`, which also settles what DDP sends.
         mode: how.
-        compiled: whether to compile it: whole, or where it is sharded block by block, between which
-            parameters come and go.
+        compiled: what to compile: the whole model, or one block, whose code serves for all of them, sooner
+            but without what compilers fuse over their borders. Where parameters come and go between blocks,
+            whole means blocks.
         shard_processes: processes that share a copy in hsdp; None takes those of one machine.
         gradient_type: in which FSDP2 sends gradients; with bf16 those of each micro-batch, to add them up in
             float32.
@@ -57,6 +59,13 @@ def prepare(
     Raises:
         ConfigError: as `count_shards`, or Accelerate has not made it what was asked for.
     """
+    if compiled == "whole" and mode == "ddp":
+        model.compile()
+    elif compiled is not None:
+        own_code = 4 * model.config.n_layer  # with a scale of attention of its own, and to evaluate
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, own_code)
+        for block in model.transformer.h:
+            block.compile()
     if mode == "ddp":
         if (
             gradient_type is torch.bfloat16
@@ -66,8 +75,6 @@ def prepare(
             raise ConfigError(
                 "gradient_type=bf16: DDP sends it between GPUs only; use fp32, or parallel=fsdp"
             )
-        if compiled:
-            model.compile()
         prepared = accelerator.prepare_model(model)
         if accelerator.num_processes > 1 and not isinstance(prepared, DistributedDataParallel):
             raise ConfigError(
@@ -79,8 +86,6 @@ def prepare(
     narrow = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=gradient_type)
     for block in model.transformer.h:
-        if compiled:
-            block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The rest is one unit, so that the tied embedding is whole at both of its uses. It would stay whole after
     # a forward pass, in wait for a backward pass, which an evaluation does not make.

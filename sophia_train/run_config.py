@@ -47,7 +47,7 @@ class RunConfig(TrainerConfig):
     name: str
     run_dir: str
     precision: Literal["auto", "bf16", "fp32", "fp8"]
-    compile: Literal["auto", True, False]
+    compile: Literal["auto", "blocks", True, False]
     compile_cache: str | None
     activation_checkpointing: Literal["none", "blocks"]
     processes: int | None = field(metadata={"min": 1})

@@ -145,12 +145,11 @@ def build_trainer(
             raise ConfigError("precision=fp8 cannot be differentiated twice, as Hutchinson does; use bf16")
         use_float8(model, device)
     micro_batch_size = _micro_batch_size(config, model, accelerator)
-    compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
     prepared, no_sync = parallel.prepare(
         model,
         accelerator,
         config.parallel,
-        compiled=compiled,
+        compiled=_compiled(config, device),
         shard_processes=config.shard_processes,
         gradient_type=GRADIENT_TYPES[config.gradient_type],
     )
@@ -266,6 +265,12 @@ def _micro_batch_size(config: RunConfig, model: GPT2, accelerator: Accelerator) 
 
 def _count_shards(config: RunConfig, accelerator: Accelerator) -> int:
     return parallel.count_shards(config.parallel, accelerator.num_processes, config.shard_processes)
+
+
+def _compiled(config: RunConfig, device: torch.device) -> parallel.Compiled | None:
+    if config.compile == "blocks":
+        return "blocks"
+    return "whole" if config.compile is True or (config.compile == "auto" and device.type == "cuda") else None
 
 
 def _trackers(config: RunConfig, is_main_process: bool) -> Tracker:

@@ -269,7 +269,7 @@ VALUES = {
     "seed=true": ["seed=true", "an integer"],
     "name=125": ["name=125", """name="'125'\""""],
     "name=": ['name=""', "name=<"],
-    "compile=maybe": ["compile=maybe", "auto, true, false"],
+    "compile=maybe": ["compile=maybe", "auto, blocks, true, false"],
     "compile_cache=": ['compile_cache=""', "compile_cache=<"],
     "activation_checkpointing=all": ["activation_checkpointing=all", "none, blocks"],
     "profile=10": ["profile=10", "true or false"],

@@ -3,14 +3,18 @@
 import json
 import runpy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from launching import run_together
-from support import ROOT, TINY, records, result
+from support import MODEL, ROOT, TINY, records, result
+from torch import nn
+from torch._dynamo.utils import counters
 
-from sophia_train import checkpoint
+from sophia_train import checkpoint, distributed, parallel
 from sophia_train.models import convert
+from sophia_train.models.gpt2 import GPT2
 
 LENGTH = ["batch_size=8", "micro_batch_size=2", "sample_interval=3", "sample_tokens=12", "max_steps=6"]
 
@@ -158,3 +162,21 @@ def test_weights_that_are_kept_for_evaluation_are_sharded_too(launch, tmp_path):
         metrics.append(records(folder))
     for found, expected in zip(*reversed(metrics), strict=True):
         close(found, expected, expected["step"])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which Dynamo reads and hides
+@pytest.mark.parametrize("own_scales", [False, True])
+def test_every_block_is_compiled_and_the_same_code_serves_for_equal_ones(own_scales, monkeypatch):
+    plain = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: plain(module, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = GPT2(replace(MODEL, n_layer=10, scale_attn_by_inverse_layer_idx=own_scales))
+    words = torch.randint(0, MODEL.vocab_size, (2, MODEL.block_size))
+    expected = model(words, words)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        prepared, _ = parallel.prepare(model, distributed.start("fp32", 1), "ddp", compiled="blocks")
+        found = prepared(words, words)
+    assert counters["frames"]["ok"] == counters["frames"]["total"] == (10 if own_scales else 1)
+    torch.testing.assert_close(found, expected)

@@ -185,7 +185,7 @@ def run_of(options: argparse.Namespace, *overrides: str) -> RunConfig:
                 f"micro_batch_size={size}",
                 f"max_steps={WARMUP_STEPS + options.steps * options.repeats}",
                 f"precision={options.precision}",
-                f"compile={str(options.compile).lower()}",
+                f"compile={options.compile}",
                 f"seed={SEED}",
                 *overrides,
             ]
@@ -244,7 +244,7 @@ def settings_of(options: argparse.Namespace, config: RunConfig, trainer: Trainer
 def conditions(report: Mapping[str, Any]) -> list[str]:
     """Say in some lines what was run and on what."""
     settings, env = report["settings"], report["environment"]
-    compiled = "compiled" if settings["compile"] else "not compiled"
+    compiled = {"true": "compiled", "blocks": "blocks compiled"}.get(settings["compile"], "not compiled")
     return [
         f"model: {settings['model']}, {settings['precision']}, {compiled}",
         f"batch: {settings['batch_size']} sequences, {settings['micro_batch_size']} a pass, "
