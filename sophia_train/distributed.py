@@ -58,10 +58,14 @@ def start(precision: str, processes: int | None, gradient_type: torch.dtype = to
         )
     hook = DDPCommunicationHookType.BF16 if gradient_type is torch.bfloat16 else DDPCommunicationHookType.NO
     ddp = DistributedDataParallelKwargs(comm_hook=hook)
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else "bf16", kwargs_handlers=[ddp])
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else "bf16",
+        kwargs_handlers=[ddp],
+        cpu=asked > 1 and not torch.accelerator.is_available(),  # it does not look for CPUs by itself
+    )
     accelerator.wait_for_everyone()  # one that fails from here on finds no other still connecting to it
     _set_up_logger(accelerator.is_main_process)
-    asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:
         raise ConfigError(
             f"WORLD_SIZE={asked}, but Accelerate made {accelerator.num_processes} process(es); "

@@ -580,7 +580,6 @@ def scaled(benchmark, tmp_path_factory):
     flags += ["--runs", "optimizer=adamw", "optimizer=sgd", "--batch-size", "2", "--micro-batch-size", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.chdir(folder)  # the data are prepared there
         assert benchmark(["scaling", *flags, "--json", str(folder / "json")]) == 0
     return json.loads((folder / "json").read_text())
