@@ -1,8 +1,6 @@
-"""One training run: build everything from its settings, fit, close."""
+"""One training run: claim its folder, have everything built, fit, close."""
 
 import contextlib
-import dataclasses
-import functools
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,25 +9,18 @@ import torch
 from accelerate import Accelerator
 from rich.table import Column, Table
 
-from sophia_train import checkpoint, compile_cache, distributed, parallel
-from sophia_train.collectives import gather, sum_over_processes
+from sophia_train import checkpoint, compile_cache, distributed
+from sophia_train.assembly import GRADIENT_TYPES, Splits, build_trainer, micro_batch_size_of, shards_of
 from sophia_train.compare.card import write_card
 from sophia_train.compare.curves import plot_run
 from sophia_train.config import compose, run_config
 from sophia_train.data.base import Data
-from sophia_train.data.batches import Batches, document_blocks, validation_blocks
 from sophia_train.data.statistics import LARGEST_BIGRAM_VOCABULARY, ngram_cross_entropy
-from sophia_train.data.token_files import Tokens
 from sophia_train.data.tokenizers import Tokenizer
 from sophia_train.errors import ConfigError, Interrupted, as_run_error
-from sophia_train.gradients import evaluation_mode
-from sophia_train.hessian.base import Estimator, HessianUpdater, Replica
 from sophia_train.hessian.hutchinson import Hutchinson
 from sophia_train.launch import launch
-from sophia_train.memory import plan_micro_batch, shrink_micro_batch
-from sophia_train.models import convert
-from sophia_train.models.float8 import use_float8
-from sophia_train.models.gpt2 import GPT2, GPT2Config
+from sophia_train.memory import shrink_micro_batch
 from sophia_train.planning.work import work_of
 from sophia_train.profiler import traced
 from sophia_train.run_config import (
@@ -40,18 +31,13 @@ from sophia_train.run_config import (
     to_json,
     with_processes,
 )
-from sophia_train.run_folder import RunFolder, environment
-from sophia_train.throughput import Throughput
+from sophia_train.run_folder import RunFolder
 from sophia_train.trackers.base import RunInfo, Silent, Tracker, Trackers
 from sophia_train.trackers.console import Output
 from sophia_train.trackers.jsonl import JsonlTracker
 from sophia_train.trainer import NotFiniteError, Trainer
 
 logger = logging.getLogger("sophia_train")
-
-GRADIENT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-Splits = tuple[Tokens, Tokens]  # of training and of validation
 
 
 def main() -> None:
@@ -119,171 +105,10 @@ def _train(config: RunConfig, accelerator: Accelerator) -> None:
             _conclude(trainer, splits, tokenizer, folder)
 
 
-def build_trainer(
-    config: RunConfig,
-    init_from: str | None,
-    splits: Splits,
-    tokenizer: Tokenizer,
-    trackers: Tracker,
-    accelerator: Accelerator,
-) -> Trainer:
-    """Build all that a run needs, on this process.
-
-    Args:
-        config: of the run.
-        init_from: weights to start from: a run, a checkpoint or a Hugging Face folder; None draws them.
-        splits: tokens of training and of validation.
-        tokenizer: for samples.
-        trackers: take the metrics.
-        accelerator: from `distributed.start`.
-    """
-    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
-    model = _build_model(config, init_from, device)
-    estimator: Estimator = build(config.hessian)
-    if config.precision == "fp8":
-        if isinstance(estimator, Hutchinson):
-            raise ConfigError("precision=fp8 cannot be differentiated twice, as Hutchinson does; use bf16")
-        use_float8(model, device)
-    micro_batch_size = _micro_batch_size(config, model, accelerator)
-    prepared, no_sync = parallel.prepare(
-        model,
-        accelerator,
-        config.parallel,
-        compiled=_compiled(config, device),
-        shard_processes=config.shard_processes,
-        gradient_type=GRADIENT_TYPES[config.gradient_type],
-    )
-    optimizer = build_optimizer(config.optimizer, model)  # of sharded parameters, if they are
-    if config.strict:
-        _make_strict(device)
-    replica = Replica(
-        prepared,
-        micro_batch_size,
-        rank,
-        world_size,
-        sharded=config.parallel != "ddp",
-        strict=config.strict,
-        no_sync=no_sync,
-        autocast=accelerator.autocast,
-        sum_over_processes=sum_over_processes,
-    )
-    throughput = Throughput(device, world_size)
-    block_size = config.model.block_size
-    training, validation = splits
-    fingerprints = {"train": training.fingerprint(), "validation": validation.fingerprint()}
-    return Trainer(
-        config,
-        replica=replica,
-        optimizer=optimizer,
-        schedule=build(config.schedule),
-        gamma=build(config.gamma),
-        hessian=HessianUpdater(
-            estimator,
-            optimizer,
-            replica,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            timed=throughput.hessian,
-        ),
-        batches=Batches(
-            training,
-            block_size=block_size,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            starts=document_blocks(training, block_size, tokenizer.end_of_text)
-            if config.data.get("start_at_documents")
-            else None,
-        ),
-        validation=validation_blocks(
-            validation, block_size, rank, world_size, micro_batch_size, config.eval_tokens
-        ),
-        trackers=trackers,
-        run_dir=Path(config.run_dir),
-        throughput=throughput,
-        manifest={
-            "config": to_json(config),
-            "environment": environment(device, world_size),
-            "data": fingerprints,
-            "tokenizer": tokenizer.name,  # the path in the config may be gone when the model is used
-        },
-        sample=functools.partial(_sample, model, tokenizer, config, device),
-        device=device,
-        total_steps=config.total_steps(block_size),
-    )
-
-
-def _build_model(config: RunConfig, init_from: str | None, device: torch.device) -> GPT2:
-    """Build the model on its device, with new weights or those of `init_from`."""
-    model = empty_model(config).to_empty(device=device)
-    if init_from is None:
-        model.initialize(config.seed)
-        return model
-    source = Path(init_from)
-    if checkpoint.exists(source):
-        weights, manifest = checkpoint.load_weights(source)
-        theirs = GPT2Config(**manifest["config"]["model"])
-    else:
-        theirs, weights = convert.load_folder(source)
-    _check_same_shape(theirs, config.model, init_from)
-    checkpoint.load_parameters(model, weights, init_from)
-    return model
-
-
-def _check_same_shape(theirs: GPT2Config, ours: GPT2Config, source: str) -> None:
-    for key, value in dataclasses.asdict(theirs).items():
-        if key != "dropout" and value != getattr(ours, key):
-            raise ConfigError(
-                f"model.{key}={getattr(ours, key)}, but init_from={source} has {value}; "
-                f"set model.{key}={value}"
-            )
-
-
-def _make_strict(device: torch.device) -> None:
-    """Let every process add up in the same order.
-
-    Raises:
-        ConfigError: a GPU does not.
-    """
-    if device.type != "cpu":
-        raise ConfigError(
-            "strict=true: a GPU's attention adds in any order; use ACCELERATE_USE_CPU=true, or leave it out"
-        )
-    torch.set_num_threads(1)  # products of matrices are cut in other ways by other numbers of threads
-
-
-def _micro_batch_size(config: RunConfig, model: GPT2, accelerator: Accelerator) -> int:
-    if config.micro_batch_size is not None or config.strict:
-        return config.micro_batch_size or 1
-    device = accelerator.device
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
-    sequences = config.batch_size // accelerator.num_processes
-    bf16, shards = accelerator.mixed_precision == "bf16", _count_shards(config, accelerator)
-    return min(gather(plan_micro_batch(model, sequences, bf16, memory, shards)))  # of the smallest device
-
-
-def _count_shards(config: RunConfig, accelerator: Accelerator) -> int:
-    return parallel.count_shards(config.parallel, accelerator.num_processes, config.shard_processes)
-
-
-def _compiled(config: RunConfig, device: torch.device) -> parallel.Compiled | None:
-    if config.compile == "blocks":
-        return "blocks"
-    return "whole" if config.compile is True or (config.compile == "auto" and device.type == "cuda") else None
-
-
 def _trackers(config: RunConfig, is_main_process: bool) -> Tracker:
     if not is_main_process:
         return Silent()
     return Trackers(JsonlTracker(), [build(node) for node in config.tracker.values()])
-
-
-def _sample(model: GPT2, tokenizer: Tokenizer, config: RunConfig, device: torch.device) -> str:
-    prompt = torch.tensor([tokenizer.encode(config.sample_prompt) or [tokenizer.end_of_text]], device=device)
-    with evaluation_mode(model):
-        ids = model.generate(prompt, config.sample_tokens, seed=config.seed, words=tokenizer.vocab_size)
-    return tokenizer.decode(ids[0].tolist())
 
 
 def _fit(trainer: Trainer, config: RunConfig, folder: RunFolder) -> None:
@@ -312,7 +137,7 @@ def _what_fits(trainer: Trainer, config: RunConfig, accelerator: Accelerator) ->
     if device.type == "cuda":  # others may use it, too
         memory = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     sequences, bf16 = config.batch_size // replica.world_size, accelerator.mixed_precision == "bf16"
-    shards = _count_shards(config, accelerator)
+    shards = shards_of(config, accelerator)
     overrides = []
     if size := shrink_micro_batch(model, sequences, bf16, memory, replica.micro_batch_size, shards):
         overrides.append(f"micro_batch_size={size}")
@@ -377,7 +202,7 @@ def _describe(config: RunConfig, data: Data, accelerator: Accelerator) -> None:
     model = empty_model(config)
     build_optimizer(config.optimizer, model)
     processes, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
-    size, shards = _micro_batch_size(config, model, accelerator), _count_shards(config, accelerator)
+    size, shards = micro_batch_size_of(config, model, accelerator), shards_of(config, accelerator)
     work = work_of(config, model, processes, shards, size, bf16)
     memory, steps, tokens, hessian = work.memory, work.steps, work.tokens, work.hessian
     rows = {

@@ -1,11 +1,10 @@
 """The training loop: what one step does, and what happens between steps."""
 
-import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from sophia_train import checkpoint
-from sophia_train.collectives import sum_over_processes, together
+from sophia_train.collectives import sum_over_processes
 from sophia_train.data.batches import Batch, Batches
 from sophia_train.data.loader import Loader
 from sophia_train.distributed import StopSignal
@@ -31,6 +30,7 @@ from sophia_train.optim.gamma import GammaRule
 from sophia_train.optim.schedules import Schedule
 from sophia_train.optim.shards import total_norm
 from sophia_train.optim.statistics import hessian_statistics, optimizer_statistics
+from sophia_train.saving import Checkpoints
 from sophia_train.seeds import derive
 from sophia_train.state import TrainState
 from sophia_train.throughput import Throughput
@@ -136,7 +136,9 @@ class Trainer:
         self.loader = Loader(batches, device)
         self.validation = validation
         self.trackers = trackers
-        self.checkpoints = run_dir / "checkpoints"
+        self.checkpoints = Checkpoints(
+            run_dir / "checkpoints", config.keep_checkpoints, in_background=config.save_in_background
+        )
         self.throughput = throughput
         self.manifest = manifest
         self.sample = sample
@@ -146,8 +148,6 @@ class Trainer:
         self.stop_signal = StopSignal()
         self.health = HealthMonitor(hessian.interval)
         self.total_steps = total_steps
-        self._saved_step: int | None = None
-        self._saving: checkpoint.Save | None = None
         self._clock = time.perf_counter()
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -197,7 +197,7 @@ class Trainer:
         self._clock = time.perf_counter() - state.seconds
         if config.stop_at_step is not None and state.step >= config.stop_at_step:
             raise Interrupted(self._why_stopped())
-        with self.stop_signal.listening(), self._committing_what_was_begun():
+        with self.stop_signal.listening(), self.checkpoints.finishing_after_errors():
             if self.replica.world_size > 1 and not self.replica.sharded:
                 self._settle_buckets()
             if state.step == 0:
@@ -220,9 +220,9 @@ class Trainer:
                 if last or stop or state.step % config.save_interval == 0:
                     self.save()
                 elif result.written:
-                    self.finish_save()
+                    self.checkpoints.finish()
                 if last or stop:
-                    self.finish_save()
+                    self.checkpoints.finish()
                 if stop:
                     raise Interrupted(self._why_stopped())
                 if last:
@@ -235,50 +235,17 @@ class Trainer:
         Raises:
             OSError: it, or the one before it that was still being written, could not be written.
         """
-        self.finish_save()
+        self.checkpoints.finish()
         self.trackers.sync()
         self.state.seconds = time.perf_counter() - self._clock
-        if self._saved_step != self.state.step:
-            extra = {
-                "state": dataclasses.asdict(self.state),
-                "hessian": self.hessian.state_dict(),
-                "validation_loss": self._finite_validation_loss(),
-                **self.manifest,
-            }
-            self._saving = checkpoint.Save(
-                self.checkpoints,
-                self.state.step,
-                self.unwrapped,
-                self.optimizer,
-                extra,
-                in_background=self.config.save_in_background,
-            )
-            self._saved_step = self.state.step
-        if not self.config.save_in_background:
-            self.finish_save()
+        extra = {
+            "state": dataclasses.asdict(self.state),
+            "hessian": self.hessian.state_dict(),
+            "validation_loss": self._finite_validation_loss(),
+            **self.manifest,
+        }
+        self.checkpoints.save(self.state.step, self.unwrapped, self.optimizer, extra)
         self.throughput.restart()
-
-    def finish_save(self) -> None:
-        """Commit the checkpoint that is being written, verify it, and only then remove the oldest."""
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            saving.finish()
-            self._prune()
-
-    @contextlib.contextmanager
-    def _committing_what_was_begun(self) -> Iterator[None]:
-        """Commit what is still being written also where training fails, if that takes no other process."""
-        try:
-            yield
-        except Exception:
-            if self.replica.world_size == 1:
-                with contextlib.suppress(Exception):  # the error that came first is the one to tell
-                    self.finish_save()
-            raise
-
-    def _prune(self) -> None:
-        keep = self.config.keep_checkpoints
-        together(lambda: checkpoint.prune(self.checkpoints, keep) if self.replica.rank == 0 else None)
 
     @property
     def finished(self) -> bool:
@@ -304,8 +271,7 @@ class Trainer:
         self.hessian.load_state_dict(manifest["hessian"])
         loss = manifest["validation_loss"]
         self.validation_loss = math.nan if loss is None else loss
-        self._saved_step = self.state.step
-        self._prune()  # this one is verified, and a kill may have come before the last pruning
+        self.checkpoints.restored(self.state.step)
 
     def _finite_validation_loss(self) -> float | None:
         """The loss as JSON has it, which knows no NaN: a model may have one before the run gives up."""
@@ -334,8 +300,9 @@ class Trainer:
         asked = self.stop_signal.received is not None
         late = self.config.max_seconds is not None and seconds >= self.config.max_seconds
         world_size = self.replica.world_size
-        written = self._saving is not None and self._saving.written
-        flags = torch.tensor([asked, late, written], dtype=loss.dtype).to(self.device, non_blocking=True)
+        flags = torch.tensor([asked, late, self.checkpoints.written], dtype=loss.dtype).to(
+            self.device, non_blocking=True
+        )
         read = torch.cat([torch.stack([loss / world_size, norm.to(loss) / world_size]), flags])
         sum_over_processes([read])
         mean_loss, grad_norm, any_asked, any_late, have_written = read.tolist()
@@ -371,7 +338,7 @@ class Trainer:
         what = f"step {state.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}"
         logger.warning("%s; the update was skipped (%d so far)", what, state.skipped_steps)
         if state.consecutive_skipped_steps > limit:
-            self.finish_save()
+            self.checkpoints.finish()
             self._log({"train/loss": result.loss})  # and with it what was spent
             raise NotFiniteError(
                 f"{what}, and max_skipped_steps={limit} before it were not finite either; "

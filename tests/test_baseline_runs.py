@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support import records, start_trackers
 
 from sophia_train import checkpoint, distributed
+from sophia_train.assembly import build_trainer
 from sophia_train.collectives import sum_over_processes
 from sophia_train.config import CONFIGS, compose, run_config
 from sophia_train.data.token_files import Tokens, TokenShard
@@ -27,7 +28,6 @@ from sophia_train.optim.mixed import MixedOptimizer
 from sophia_train.run_config import RunConfig, build_optimizer
 from sophia_train.trackers.base import Trackers
 from sophia_train.trackers.jsonl import JsonlTracker
-from sophia_train.train import build_trainer
 from sophia_train.trainer import Trainer
 
 CHOICES = sorted(path.stem for path in (CONFIGS / "optimizer").glob("*.yaml"))

@@ -201,7 +201,7 @@ def test_an_error_does_not_take_the_checkpoint_that_is_being_written(tmp_path, m
     with pytest.raises(ZeroDivisionError):
         trainer.fit(between_steps=fail)
     trainer.trackers.close(70)
-    assert checkpoint.verify(checkpoint.latest(trainer.checkpoints))["step"] == 2
+    assert checkpoint.verify(checkpoint.latest(trainer.checkpoints.folder))["step"] == 2
 
 
 class TestNotFiniteRun:

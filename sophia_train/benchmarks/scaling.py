@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 
 from sophia_train import distributed
+from sophia_train.assembly import GRADIENT_TYPES
 from sophia_train.benchmarks.turns import (
     conditions,
     gigabytes,
@@ -29,7 +30,6 @@ from sophia_train.collectives import gather, rank
 from sophia_train.data.base import Data
 from sophia_train.errors import RunError, exit_code_of
 from sophia_train.run_config import RunConfig, build, from_json, to_json, with_processes
-from sophia_train.train import GRADIENT_TYPES
 
 RUNS = ["optimizer=adamw", "optimizer=sophia_g"]
 PROCESSES = [1, 2]

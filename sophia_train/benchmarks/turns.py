@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from sophia_train.assembly import build_trainer
 from sophia_train.config import RunConfig, compose, run_config
 from sophia_train.data.base import Data
 from sophia_train.data.batches import Batch
@@ -27,7 +28,6 @@ from sophia_train.errors import ConfigError
 from sophia_train.models import convert
 from sophia_train.run_folder import environment
 from sophia_train.trackers.base import Silent
-from sophia_train.train import build_trainer
 from sophia_train.trainer import Trainer
 
 SEED = 1337
