@@ -178,7 +178,7 @@ def test_optimizers_need_torch_only(path):
 def test_hydra_is_in_the_top_layer_only(library):
     for path in sources():
         if library in libraries_of(path):
-            assert LAYERS[part_of(module_of(path))] == 4, f"{path} imports {library}"
+            assert LAYERS[part_of(module_of(path))] == TOP, f"{path} imports {library}"
 
 
 @pytest.mark.parametrize("library", sorted(CONFINED))
