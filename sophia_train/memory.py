@@ -9,7 +9,7 @@ STATE_BYTES = 16  # a parameter in float32: weight, gradient, and two moments of
 ACTIVATION_BYTES = 34  # a layer, token and channel in bf16, attention not materialised (Korthikanti, 2022)
 INPUT_BYTES = 2  # a layer, token and channel in bf16 that a recomputed block starts from
 LOGIT_BYTES = 4  # of one chunk: at most float32, and the gradient takes their place
-GRADIENT_BYTES = 4  # a parameter of a whole gradient, which is added up before its parts go where they belong
+WHOLE_BYTES = 4 + 2  # a parameter that is shared: its gradient, added up before it is cut, and itself in bf16
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def estimate_memory(model: GPT2, micro_batch_size: int, bf16: bool, shards: int 
     if model.transformer.recompute_blocks:
         layers = config.n_layer * INPUT_BYTES + layer
     return MemoryEstimate(
-        states=parameters * STATE_BYTES // shards + (parameters * GRADIENT_BYTES if shards > 1 else 0),
+        states=parameters * STATE_BYTES // shards + (parameters * WHOLE_BYTES if shards > 1 else 0),
         activations=tokens * config.n_embd * layers * (1 if bf16 else 2),
         logits=LOGIT_BYTES * min(tokens, CHUNK_TOKENS) * config.padded_vocab_size,
     )

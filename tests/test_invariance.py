@@ -92,6 +92,14 @@ def test_global_batches_are_identical(results, processes, mode):
     assert torch.equal(results[processes, mode, "sophia"]["batches"], results[1, "ddp", "sophia"]["batches"])
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize(("processes", "mode"), [(2, "fsdp"), (4, "fsdp"), (4, "hsdp")])
+def test_a_step_gathers_twice_and_reduces_once(results, processes, mode, micro_batch_size):
+    found = results[processes, mode, f"exchanges_{micro_batch_size}"]
+    units = 3  # two blocks and the rest
+    assert (found["gather"], found["reduce"]) == (2 * units, units)
+
+
 class TestStrict:
     @pytest.mark.parametrize("processes", [2, 4])
     @pytest.mark.parametrize("case", ["strict_sophia", "strict_adamw", "strict_odd"])

@@ -84,6 +84,16 @@ def twenty_steps(
     return {**weights, "validation": torch.tensor(loss, dtype=torch.float64), "batches": torch.stack(batches)}
 
 
+def exchanges(folder: Path, micro_batch_size: int, mode: str) -> Tensors:
+    """How often a step gathers parameters and reduces gradients."""
+    trainer, _ = build(folder / "run", micro_batch_size=micro_batch_size, mode=mode, optimizer="adamw")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trainer.train_step(trainer._next_batch())
+    counts = {each.key: each.count for each in profile.key_averages()}
+    of = {"gather": "c10d::_allgather_base_", "reduce": "c10d::_reduce_scatter_base_"}
+    return {what: torch.tensor(counts.get(name, 0)) for what, name in of.items()}
+
+
 def results(folder: Path, micro_batch_size: int, mode: str) -> dict[str, Tensors]:
     """All results of one way to share the model out, by their names."""
     size = {"micro_batch_size": micro_batch_size, "mode": mode}
@@ -94,6 +104,7 @@ def results(folder: Path, micro_batch_size: int, mode: str) -> dict[str, Tensors
         "sophia": twenty_steps(folder, optimizer="sophia", **size),
         "adamw": twenty_steps(folder, optimizer="adamw", **size),
     }
+    found |= {f"exchanges_{each}": exchanges(folder, each, mode) for each in (1, 2)}
     if mode == "ddp":
         hutchinson = Hutchinson(batch_size=4, micro_batch_size=micro_batch_size)
         strict = {"dtype": torch.float32, "strict": True, "micro_batch_size": 1}

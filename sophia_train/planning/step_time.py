@@ -72,8 +72,8 @@ def step_time(run: PlannedRun, mfu: float) -> StepTime:
     """Seconds of a step.
 
     compute    FLOPs / (GPUs x peak x MFU); recomputed blocks make a third more FLOPs
-    exposed    a pass is 1 part forward and 2 backward, and 1 more where blocks are recomputed. Each forward
-               pass hides a gather, each backward pass another one, the last of a step the reduction, too;
+    exposed    a pass is 1 part forward and 2 backward, and 1 more where blocks are recomputed. The first
+               forward pass of a step hides a gather, the last backward pass another one and the reduction;
                what is longer than its pass is exposed. Nothing hides the part of the embeddings, of each of
                them: they are needed first, and their gradient, theirs as the head's included, comes last.
     optimizer  bytes / (shards x memory bandwidth)
@@ -90,15 +90,14 @@ def step_time(run: PlannedRun, mfu: float) -> StepTime:
     links = communication(run)
     forward = compute / work.micro_batches / parts
     backward = (parts - 1) * forward
-    total = 2 * work.micro_batches * links.gather + links.reduce
+    total = 2 * links.gather + links.reduce
     model = run.config.model
     embeddings = model.n_embd * (model.padded_vocab_size + model.block_size) / work.parameters
     gather, reduce = (1 - embeddings) * links.gather, (1 - embeddings) * links.reduce
     return StepTime(
         compute=compute,
         exposed_communication=embeddings * total
-        + work.micro_batches * max(0.0, gather - forward)
-        + (work.micro_batches - 1) * max(0.0, gather - backward)
+        + max(0.0, gather - forward)
         + max(0.0, gather + reduce - backward),
         optimizer=run.optimizer_bytes / (run.shards * cluster.card.memory_bandwidth),
         hessian=compute * work.hessian,
