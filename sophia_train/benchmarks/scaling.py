@@ -17,6 +17,7 @@ from rich.table import Table
 from sophia_train import distributed
 from sophia_train.assembly import GRADIENT_TYPES
 from sophia_train.benchmarks.turns import (
+    WARMUP_STEPS,
     conditions,
     gigabytes,
     provenance,
@@ -38,7 +39,10 @@ PROCESSES = [1, 2]
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """Measure each of `options.runs` on each number of processes, each time in processes of their own.
 
-    All train the same model on the same global batches of real text, from the same weights.
+    All train the same model on the same global batches of real text, from the same weights, while the
+    learning rate rises to its peak: at its peak from the start, rounding would grow until losses say nothing.
+    They are compared with those of the first run that has the same optimizer: of another that differs in
+    micro_batch_size alone, that shows what rounding does on one process.
 
     Raises:
         ConfigError: an option does not fit the model or the others.
@@ -47,6 +51,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     configs = {}
     for run, processes in itertools.product(options.runs, options.processes):
         share = [f"parallel={options.parallel if processes > 1 else 'ddp'}"]
+        share.append(f"schedule.warmup_steps={WARMUP_STEPS + options.steps * options.repeats - 1}")
         configs[run, processes] = with_processes(
             run_of(options, "data=python_stdlib", *share, *run.split()), processes
         )
@@ -55,13 +60,19 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         parallel = config.parallel if processes > 1 else None
         measured = _launched(config, processes, options)
         results.append({"run": run, "processes": processes, "parallel": parallel, **measured})
-    for row in results:
+    for row, config in zip(results, configs.values(), strict=True):
         alone = next((each for each in results if each["run"] == row["run"] and each["processes"] == 1), None)
+        peers = (
+            each
+            for each, other in zip(results, configs.values(), strict=True)
+            if each["processes"] == 1 and other.optimizer == config.optimizer
+        )
+        reference = next(peers, None)
         first = next(each for each in results if each["processes"] == row["processes"])
         row["speed_up"] = alone and row["tokens_per_second"] / alone["tokens_per_second"]
         row["overhead"] = first["tokens_per_second"] / row["tokens_per_second"] - 1
-        row["loss_difference"] = alone and max(
-            abs(ours - theirs) for ours, theirs in zip(row["losses"], alone["losses"], strict=True)
+        row["loss_difference"] = reference and max(
+            abs(ours - theirs) for ours, theirs in zip(row["losses"], reference["losses"], strict=True)
         )
     return {
         "benchmark": "scaling",
@@ -82,7 +93,7 @@ def table(report: dict[str, Any]) -> Table:
         made.add_column(heading, justify="right")
     for row in report["results"]:
         made.add_row(
-            row["run"].replace("optimizer=", ""),
+            row["run"].replace("optimizer=", "").replace("micro_batch_size=", "passes of "),
             " ".join([str(row["processes"]), row["parallel"] or ""]),
             f"{row['tokens_per_second']:,.0f}",
             "-" if row["speed_up"] is None else f"{row['speed_up']:.2f}",
@@ -102,7 +113,7 @@ def notes(report: dict[str, Any]) -> str:
             f"tokens/s: of all processes, median of {settings['repeats']} repeats of "
             f"{settings['steps']} steps",
             "over first: time beyond that of the first run, on as many processes",
-            f"loss diff.: the largest to one process in {steps} steps, on Python's own source",
+            f"loss diff.: the largest in {steps} steps to the optimizer's first run, on one process",
             f"last loss of the first run: {report['results'][0]['losses'][-1]:.4f}",
             "peak GB: of the process that takes most",
             *conditions(report),
