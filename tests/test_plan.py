@@ -20,7 +20,10 @@ from sophia_train.planning.step_time import communication, step_time
 from sophia_train.throughput import PEAK_FLOPS
 
 SCRIPT = load_script("plan")
-POINTS = list(load_points())
+POINTS = [
+    Point("H200", 1, f"model={model} batch_size={size} micro_batch_size={size}", "passes", speed, "", "", "")
+    for model, size, speed in (("gpt2_125m", 64, 585_200), ("gpt2_355m", 32, 222_500))
+]
 EIGHT = ["batch_size=512", "hessian.batch_size=64"]
 ISSUE = ["gpus=64", "gpu=A100", "gpus_per_node=8", "network=200", "model=gpt2_1_5b", "parallel=fsdp", *EIGHT]
 
@@ -29,8 +32,8 @@ def config_of(*overrides):
     return run_config(compose(overrides))
 
 
-def plan_of(cluster, *overrides):
-    return make_plan(config_of(*overrides), cluster)
+def plan_of(cluster, *overrides, points=None):
+    return make_plan(config_of(*overrides), cluster, points)
 
 
 def empty_model(config):
@@ -253,14 +256,16 @@ class TestMeasured:
         assert calibrating([*POINTS, other], CARDS["H200"]) == POINTS
 
     def test_each_point_of_ours_says_where_it_is_from(self):
-        for each in POINTS:
-            assert isinstance(each, Point) and each.timed in ("passes", "steps") and each.provenance
+        for each in load_points():
+            assert each.timed in ("passes", "steps") and each.provenance
+            assert each.command.startswith("python scripts/benchmark.py ")
             assert 0.1 < each.mfu < 0.8 or each.gpus > 1
 
 
 class TestNotes:
     def test_nothing_is_beyond_a_measured_point(self):
-        notes = plan_of(Cluster.of("H200", 1), "batch_size=64", "micro_batch_size=64")["notes"]
+        size = ["batch_size=64", "micro_batch_size=64"]
+        notes = plan_of(Cluster.of("H200", 1), *size, points=POINTS)["notes"]
         assert [note.partition(" ")[0] for note in notes] == ["points"]  # how far they are off
 
     @pytest.mark.parametrize(
@@ -276,7 +281,8 @@ class TestNotes:
     )
     def test_what_is_beyond_the_points_is_said(self, gpu, gpus, override, words):
         overrides = ["batch_size=64", "micro_batch_size=32"]
-        assert words in "\n".join(plan_of(Cluster.of(gpu, gpus), *overrides, override)["notes"])
+        plan = plan_of(Cluster.of(gpu, gpus), *overrides, override, points=POINTS)
+        assert words in "\n".join(plan["notes"])
 
 
 class TestScript:
@@ -310,7 +316,7 @@ class TestScript:
         assert SCRIPT.main(words) == 0
         out = capsys.readouterr().out
         assert max(map(len, out.splitlines())) <= min(80, columns) and "…" not in out
-        assert "585,200" in out and "GPUhours" in "".join(out.split())
+        assert f"{load_points()[0].tokens_per_second:,}" in out and "GPUhours" in "".join(out.split())
 
     @pytest.mark.parametrize(
         ("words", "fragments"),

@@ -6,7 +6,7 @@ A point is one object of `measured_points.json`:
     run                 overrides of the run: model, batch, parallel, optimizer
     timed               "steps", or "passes": forward and backward passes alone
     tokens_per_second   over all GPUs
-    torch, command, provenance    the version, what prints the figure again (null: nothing does), and the rest
+    torch, command, provenance    the version, what prints the figure again, and the rest
 """
 
 import json
@@ -37,7 +37,7 @@ class Point:
     timed: Literal["passes", "steps"]
     tokens_per_second: float
     torch: str
-    command: str | None
+    command: str
     provenance: str
 
     @cached_property
