@@ -11,8 +11,8 @@ Four words are of the GPUs, and the others those of `python -m sophia_train`:
     network=GBIT       Gbit/s between nodes, each way, for each GPU; unless given what NVIDIA's own
                        nodes have: 200 for an A100, 400 for an H100 or H200
 
-The speed of forward and backward passes is measured, on the GPUs and for the models that the table names;
-the plan says where it goes beyond them. The rest is bytes over rates: sophia_train/planning.
+The speed of training steps is measured, on the GPUs and for the models that the table names; the plan says
+where it goes beyond them. The rest is bytes over rates: sophia_train/planning.
 """
 
 import argparse

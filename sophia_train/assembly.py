@@ -48,6 +48,10 @@ def build_trainer(
         tokenizer: for samples.
         trackers: take the metrics.
         accelerator: from `distributed.start`.
+
+    Raises:
+        ConfigError: settings do not fit each other, the processes, or the weights to start from.
+        MissingInputError, DataError: those weights are not there, or damaged.
     """
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     model = _build_model(config, init_from, device)
@@ -166,7 +170,11 @@ def _make_strict(device: torch.device) -> None:
 
 
 def micro_batch_size_of(config: RunConfig, model: GPT2, accelerator: Accelerator) -> int:
-    """Return the sequences of a pass: those asked for, or as many as the smallest device has memory for."""
+    """Return the sequences of a pass: those asked for, or as many as the smallest device has memory for.
+
+    Raises:
+        ConfigError: as `shards_of`.
+    """
     if config.micro_batch_size is not None or config.strict:
         return config.micro_batch_size or 1
     device = accelerator.device
@@ -177,7 +185,11 @@ def micro_batch_size_of(config: RunConfig, model: GPT2, accelerator: Accelerator
 
 
 def shards_of(config: RunConfig, accelerator: Accelerator) -> int:
-    """Return how many processes share one copy of the parameters, as `parallel.count_shards`."""
+    """Return how many processes share one copy of the parameters.
+
+    Raises:
+        ConfigError: as `parallel.count_shards`.
+    """
     return parallel.count_shards(config.parallel, accelerator.num_processes, config.shard_processes)
 
 

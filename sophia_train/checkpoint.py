@@ -110,7 +110,7 @@ class Save:
 
         Raises:
             OSError: writing failed on some process; nothing is left of the checkpoint.
-            DataError: what was read back differs from what was written.
+            DataError: the files are not what they were when they were written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -182,7 +182,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{manifest_path} is damaged; {_FIX}") from None
     if version != FORMAT_VERSION:
-        raise DataError(f"{path} has format_version={version}, this program reads {FORMAT_VERSION}")
+        raise DataError(f"{path} has format_version={version}, this program reads {FORMAT_VERSION}; {_FIX}")
     if digest != _manifest_digest(manifest):
         raise DataError(f"{manifest_path} is not what was saved (its sha256 differs); {_FIX}")
     return dict(manifest)
@@ -271,7 +271,9 @@ def find(path: Path) -> Path:
         return path
     found = latest(path / "checkpoints")
     if found is None:
-        raise MissingInputError(f"{path} is neither a checkpoint nor a run folder with one")
+        raise MissingInputError(
+            f"{path} is neither a checkpoint nor a run folder with one; name one of those"
+        )
     return found
 
 

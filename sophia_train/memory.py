@@ -9,7 +9,7 @@ STATE_BYTES = 16  # a parameter in float32: weight, gradient, and two moments of
 ACTIVATION_BYTES = 34  # a layer, token and channel in bf16, attention not materialised (Korthikanti, 2022)
 INPUT_BYTES = 2  # a layer, token and channel in bf16 that a recomputed block starts from
 LOGIT_BYTES = 4  # of one chunk: at most float32, and the gradient takes their place
-WHOLE_BYTES = 4 + 2  # a parameter that is shared: its gradient, added up before it is cut, and itself in bf16
+GRADIENT_BYTES = 4  # a parameter that is shared: its gradient, whole until all micro-batches have added to it
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ def estimate_memory(model: GPT2, micro_batch_size: int, bf16: bool, shards: int 
     layer, layers = ACTIVATION_BYTES, config.n_layer * ACTIVATION_BYTES
     if model.transformer.recompute_blocks:
         layers = config.n_layer * INPUT_BYTES + layer
+    whole = GRADIENT_BYTES + (2 if bf16 else 4)  # with the parameters, as they were gathered
     return MemoryEstimate(
-        states=parameters * STATE_BYTES // shards + (parameters * WHOLE_BYTES if shards > 1 else 0),
+        states=parameters * STATE_BYTES // shards + (parameters * whole if shards > 1 else 0),
         activations=tokens * config.n_embd * layers * (1 if bf16 else 2),
         logits=LOGIT_BYTES * min(tokens, CHUNK_TOKENS) * config.padded_vocab_size,
     )

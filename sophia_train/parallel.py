@@ -2,7 +2,8 @@
 
 ddp   every process has all parameters, and gradients are averaged as the backward pass makes them
 fsdp  every process keeps 1 / W of parameters, gradients and optimizer state, and has a block's
-      parameters whole only while it needs them (Zhao et al., 2023; torch's `fully_shard`)
+      parameters whole only while it needs them, or until the last micro-batch of a step (Zhao et
+      al., 2023; torch's `fully_shard`)
 hsdp  fsdp inside groups of processes, such as those of one machine; the groups have copies
 """
 
@@ -62,7 +63,9 @@ def prepare(
     if compiled == "whole" and mode == "ddp":
         model.compile()
     elif compiled is not None:
-        own_code = 4 * model.config.n_layer  # with a scale of attention of its own, and to evaluate
+        # to train, to estimate the Hessian, that with a smaller last micro-batch, and to evaluate: each layer
+        # by itself, where layers have scales of attention of their own
+        own_code = 4 * model.config.n_layer
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, own_code)
         for block in model.transformer.h:
             block.compile()
@@ -92,7 +95,7 @@ def prepare(
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     assert isinstance(model, FSDPModule)
     # In bf16 FSDP2 would add up those of micro-batches, too.
-    keeps_gradients = gradient_type is torch.float32
+    keeps_gradients = gradient_type is not torch.bfloat16
     return model, functools.partial(_keeping_whole, model, keeps_gradients)
 
 

@@ -39,7 +39,8 @@ class Checkpoints:
         The arguments are those of `checkpoint.Save`.
 
         Raises:
-            OSError: it, or the one before it that was still being written, could not be written.
+            OSError, DataError: as `finish`, of it or of the one before it.
+            TypeError: the optimizer's state holds what a checkpoint cannot.
         """
         self.finish()
         if step != self._saved_step:
@@ -51,14 +52,23 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Commit the checkpoint that is being written, verify it, and only then remove the oldest."""
+        """Commit the checkpoint that is being written, verify it, and only then remove the oldest.
+
+        Raises:
+            OSError: it could not be written; nothing is left of it.
+            DataError: it is not on the disk as it was written.
+        """
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.finish()
             self._prune()
 
     def restored(self, step: int) -> None:
-        """Take note that the state is that of a step's checkpoint, verified and loaded."""
+        """Take note that the state is that of a step's checkpoint, verified and loaded.
+
+        Raises:
+            OSError: an older one could not be removed.
+        """
         self._saved_step = step
         self._prune()  # a kill may have come before the last pruning
 

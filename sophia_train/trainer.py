@@ -192,6 +192,7 @@ class Trainer:
             Interrupted: asked to stop before the end; the state is saved.
             NotFiniteError: too many steps in a row were not finite.
             OSError: a checkpoint or the metrics could not be written.
+            DataError: a checkpoint is not on the disk as it was written.
         """
         config, state = self.config, self.state
         self._clock = time.perf_counter() - state.seconds
@@ -221,6 +222,7 @@ class Trainer:
                     self.save()
                 elif result.written:
                     self.checkpoints.finish()
+                    self.throughput.restart()
                 if last or stop:
                     self.checkpoints.finish()
                 if stop:
@@ -233,9 +235,8 @@ class Trainer:
         """Save a checkpoint of the current state; with `save_in_background`, begin to.
 
         Raises:
-            OSError: it, or the one before it that was still being written, could not be written.
+            OSError, DataError: it, or the one before it, is not on the disk as it should be.
         """
-        self.checkpoints.finish()
         self.trackers.sync()
         self.state.seconds = time.perf_counter() - self._clock
         extra = {

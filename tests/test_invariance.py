@@ -78,9 +78,9 @@ def test_hessian_of_the_other_estimators(results, processes, mode, case):
 
 
 @pytest.mark.parametrize(("processes", "mode"), SEVERAL)
-@pytest.mark.parametrize("optimizer", ["sophia", "adamw"])
-def test_weights_after_twenty_steps(results, processes, mode, optimizer):
-    one, many = results[1, "ddp", optimizer], results[processes, mode, optimizer]
+@pytest.mark.parametrize("case", ["sophia", "adamw", "micro_batches"])
+def test_weights_after_twenty_steps(results, processes, mode, case):
+    one, many = results[1, "ddp", case], results[processes, mode, case]
     for name, expected in one.items():
         if name.startswith("weight/"):
             assert relative_error(name, many[name], expected) < 1e-8, name

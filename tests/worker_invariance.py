@@ -104,6 +104,8 @@ def results(folder: Path, micro_batch_size: int, mode: str) -> dict[str, Tensors
         "sophia": twenty_steps(folder, optimizer="sophia", **size),
         "adamw": twenty_steps(folder, optimizer="adamw", **size),
     }
+    many = {"micro_batch_size": 1, "batch_size": 16, "mode": mode}
+    found["micro_batches"] = twenty_steps(folder, optimizer="sophia", **many)
     found |= {f"exchanges_{each}": exchanges(folder, each, mode) for each in (1, 2)}
     if mode == "ddp":
         hutchinson = Hutchinson(batch_size=4, micro_batch_size=micro_batch_size)

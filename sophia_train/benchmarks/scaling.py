@@ -62,10 +62,11 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         results.append({"run": run, "processes": processes, "parallel": parallel, **measured})
     for row, config in zip(results, configs.values(), strict=True):
         alone = next((each for each in results if each["run"] == row["run"] and each["processes"] == 1), None)
+        rule = (config.optimizer, config.hessian, config.gamma)
         peers = (
             each
             for each, other in zip(results, configs.values(), strict=True)
-            if each["processes"] == 1 and other.optimizer == config.optimizer
+            if each["processes"] == 1 and (other.optimizer, other.hessian, other.gamma) == rule
         )
         reference = next(peers, None)
         first = next(each for each in results if each["processes"] == row["processes"])
@@ -107,7 +108,7 @@ def table(report: dict[str, Any]) -> Table:
 def notes(report: dict[str, Any]) -> str:
     """Say under what conditions the figures were measured."""
     settings, env = report["settings"], report["environment"]
-    steps = settings["steps"] * settings["repeats"]
+    steps = len(report["results"][0]["losses"])
     return "\n".join(
         [
             f"tokens/s: of all processes, median of {settings['repeats']} repeats of "

@@ -127,6 +127,7 @@ def notes(report: dict[str, Any]) -> str:
             f"{report['largest_loss_difference']:.1e}",
             "peak: weights, optimizer state, and the most that a step has beside them",
             *conditions(report),
+            *["blocks: ours; theirs is compiled whole"] * (report["settings"]["compile"] == "blocks"),
             f"versions: Python {env['python']}, torch {env['torch']}, {peer} {env[peer]}",
         ]
     )

@@ -4,8 +4,7 @@ A point is one object of `measured_points.json`:
 
     gpu, gpus           what it was measured on, one node
     run                 overrides of the run: model, batch, parallel, optimizer
-    timed               "steps", or "passes": forward and backward passes alone
-    tokens_per_second   over all GPUs
+    tokens_per_second   of whole steps, over all GPUs
     torch, command, provenance    the version, what prints the figure again, and the rest
 """
 
@@ -15,14 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from sophia_train.config import compose, run_config
 from sophia_train.planning.cluster import Card, Cluster
 from sophia_train.planning.planned_run import PlannedRun, planned_run
-from sophia_train.planning.step_time import StepTime, step_time
+from sophia_train.planning.step_time import step_time
 
 POINTS = Path(__file__).with_name("measured_points.json")
 
@@ -34,7 +32,6 @@ class Point:
     gpu: str
     gpus: int
     run: str
-    timed: Literal["passes", "steps"]
     tokens_per_second: float
     torch: str
     command: str
@@ -51,22 +48,18 @@ class Point:
         """What it is of, in a few words."""
         config, work = self.planned.config, self.planned.work
         how = f"{self.gpus} {self.gpu}" + (f" {config.parallel}" if self.gpus > 1 else "")
-        return f"{short(work.parameters)}, {how}, {self.timed} of {work.micro_batch_size}"
+        return f"{short(work.parameters)}, {how}, {work.micro_batches} x {work.micro_batch_size}"
 
     @property
     def mfu(self) -> float:
-        """MFU of the passes, once what else was timed is taken off; for one GPU."""
+        """MFU of the passes, once the optimizer is taken off; for one GPU."""
         at_peak = step_time(self.planned, 1.0)
-        optimizer = at_peak.optimizer if self.timed == "steps" else 0.0
-        seconds = self.planned.work.tokens / self.tokens_per_second - optimizer
-        return (self._seconds(at_peak) - optimizer) / seconds
+        seconds = self.planned.work.tokens / self.tokens_per_second - at_peak.optimizer
+        return (at_peak.total - at_peak.optimizer) / seconds
 
     def predicted(self, mfu: float) -> float:
         """Tokens/s by the model, for an MFU of the passes."""
-        return self.planned.work.tokens / self._seconds(step_time(self.planned, mfu))
-
-    def _seconds(self, time: StepTime) -> float:
-        return time.total if self.timed == "steps" else time.compute + time.exposed_communication
+        return self.planned.work.tokens / step_time(self.planned, mfu).total
 
 
 @cache

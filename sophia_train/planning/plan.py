@@ -137,10 +137,11 @@ def _notes(run: PlannedRun, points: Sequence[Point]) -> list[str]:
     if run.config.activation_checkpointing == "blocks":
         notes.append("recomputed blocks are taken to make a third more FLOPs at the same speed")
     if run.cluster.gpus > 1:
-        several = any(point.gpus > 1 for point in points)
+        mode = run.config.parallel
+        measured = any(point.gpus > 1 and point.planned.config.parallel == mode for point in points)
         notes.append(
             f"links are taken to give {LINK_EFFICIENCY:.0%} of their datasheet rate"
-            + ("" if several else ", and no point has several GPUs")
+            + ("" if measured else f", and no point has several GPUs with parallel={mode}")
         )
     left_out = [abs(each) for _, each in errors(points) if each is not None]
     if left_out:

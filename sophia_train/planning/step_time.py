@@ -15,7 +15,7 @@ class Communication:
 
     Attributes:
         gather: making all parameters whole, once.
-        reduce: averaging the gradient of a step.
+        reduce: averaging a gradient.
     """
 
     gather: float
@@ -90,7 +90,9 @@ def step_time(run: PlannedRun, mfu: float) -> StepTime:
     links = communication(run)
     forward = compute / work.micro_batches / parts
     backward = (parts - 1) * forward
-    total = 2 * links.gather + links.reduce
+    # in bf16 FSDP2 sends the gradient of each micro-batch
+    reductions = work.micro_batches if run.shards > 1 and run.config.gradient_type == "bf16" else 1
+    total = 2 * links.gather + reductions * links.reduce
     model = run.config.model
     embeddings = model.n_embd * (model.padded_vocab_size + model.block_size) / work.parameters
     gather, reduce = (1 - embeddings) * links.gather, (1 - embeddings) * links.reduce
@@ -98,6 +100,7 @@ def step_time(run: PlannedRun, mfu: float) -> StepTime:
         compute=compute,
         exposed_communication=embeddings * total
         + max(0.0, gather - forward)
+        + (reductions - 1) * max(0.0, reduce - backward)
         + max(0.0, gather + reduce - backward),
         optimizer=run.optimizer_bytes / (run.shards * cluster.card.memory_bandwidth),
         hessian=compute * work.hessian,
