@@ -8,14 +8,7 @@
     python scripts/benchmark.py scaling [--processes 1 2 ...] [--parallel fsdp] [--model NAME] ...
     python scripts/benchmark.py data PATH [--workers N] [--repeats N]
 
-`train`: our training step with AdamW and with Sophia-G, next to transformers' GPT-2 in a plain PyTorch loop,
-or next to nanoGPT.
-`optimizer`: a step of each optimizer alone, next to AdamW's and to what moving the memory takes.
-`hessian`: what each optimizer adds to AdamW's step and memory, the Hessian's passes included.
-`memory`: the peak of a GPU's memory for each model and run.
-`loader`: what reading tokens costs of a step, next to a batch that is there already.
-`scaling`: training on several processes, next to one.
-`data`: preparing text, next to nanoGPT's recipe and to the tokenizer alone.
+Each says with --help what it takes, and writes JSON with --json FILE, too.
 """
 
 import argparse
@@ -42,8 +35,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(metavar="command", dest="command", required=True)
     step_by_step = {"train": train, "hessian": hessian, "loader": loader, "scaling": scaling}
     for name, module in step_by_step.items():
         command = commands.add_parser(name, help=str(module.__doc__))

@@ -7,7 +7,6 @@ of it is from the run's folder, and what that does not hold is left out: so are 
 the bigram model, which need the data. Draws `loss.png`, too, where it is missing or older than the metrics.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     runs = parser.parse_args(arguments).runs
     defaults = to_json(run_config(compose()))

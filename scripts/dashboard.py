@@ -10,7 +10,6 @@ Each call makes a new workspace and a new report, and prints where they are. Wit
 no account is needed: what would be sent is written to FILE, as JSON.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--project", default="sophia_train", help="as tracker.wandb.project (sophia_train)")
     parser.add_argument("--entity", help="user or team (the default of the login)")
     parser.add_argument("--spec", type=Path, metavar="FILE", help="write what would be sent; send nothing")

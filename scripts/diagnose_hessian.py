@@ -87,7 +87,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add, number = parser.add_argument, functools.partial(parser.add_argument, type=whole_number, metavar="N")
     names = f"{', '.join(ESTIMATORS)}; with settings as in gnb:groups=8"
     add("run", type=Path, metavar="RUN", help="a run folder or a checkpoint")

@@ -6,7 +6,6 @@ A preset is a file of configs/experiment/paper, as in experiment=paper/gpt2_125m
 is the comment behind it in the YAML file that sets it, or else what that file says of itself at its top.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("first", metavar="PRESET")
     parser.add_argument("second", metavar="PRESET")
     options = parser.parse_args(arguments)

@@ -5,7 +5,6 @@
 RUN is a run folder (its newest checkpoint is taken) or a checkpoint's folder.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist"

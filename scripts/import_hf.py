@@ -6,7 +6,6 @@
 that can be trained here, and with which settings, and joins shards and old names into one file.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what save_pretrained wrote")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist"

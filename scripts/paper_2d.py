@@ -187,7 +187,7 @@ def main(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> None:
     rates = {name: method.lr for name, method in METHODS.items()}
     defaults = " ".join(f"{name}={lr}" for name, lr in rates.items())
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default="paper_2d.png", metavar="FILE", help="png, svg or pdf (%(default)s)")
     add("--start", type=coordinate, nargs=2, default=START, metavar=("X", "Y"), help="%(default)s")

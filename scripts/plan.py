@@ -46,9 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, too")
     options = parser.parse_intermixed_args(arguments)

@@ -7,7 +7,6 @@ What is missing there or damaged is downloaded, 1.5 MB in all; a whole one is
 checked without a network. Copy it, and set TIKTOKEN_CACHE_DIR to the copy.
 """
 
-import argparse
 import hashlib
 import http.client
 import os
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     default = Path(os.environ.get(VARIABLE) or "data/tiktoken")
     parser.add_argument("--cache", type=Path, default=default, metavar="DIR", help="(%(default)s)")
     cache = parser.parse_args(arguments).cache.expanduser().absolute()

@@ -16,7 +16,6 @@ has ended. What stands behind -- holds for all runs, such as data.path=... of th
 Ends with 0 if all is done, 75 if something is left, and as a run that failed.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +35,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, metavar="FILE", help="the queue")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs' folders")
     parser.add_argument(

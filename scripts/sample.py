@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, a checkpoint, or a Hugging Face folder")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; may be empty")
     parser.add_argument(

@@ -9,7 +9,6 @@ Hugging Face's, the same for the same text; train with data.tokenizer=FILE
 model.vocab_size=N.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="data=text data.path=FILES")
     add("--vocab-size", type=whole_number, required=True, metavar="N", help=f"tokens, at least {SMALLEST}")

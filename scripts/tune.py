@@ -85,9 +85,7 @@ def table(studies: "Sequence[OptimizerStudy]") -> Table:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, metavar="STUDY", help="folder of the search")
     parser.add_argument(
         "--optimizers", type=names, required=True, metavar="NAME[,NAME]", help="as in optimizer="

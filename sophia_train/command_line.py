@@ -3,20 +3,64 @@
 import argparse
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sophia_train.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `ConfigError` for a wrong argument, where argparse would print its usage and exit with 2."""
+    """Raises `ConfigError` for a wrong argument, where argparse would print its usage and exit with 2.
+
+    Args:
+        description: paragraphs, and indented lines, each with what is indented deeper below it.
+        others: as argparse has them.
+    """
+
+    def __init__(self, description: str | None = None, **others: Any) -> None:
+        super().__init__(description=description, formatter_class=_Wrapped, **others)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments."""
         raise ConfigError(f"{message}; see --help")
+
+
+class _Wrapped(argparse.RawDescriptionHelpFormatter):
+    """Fits a description to the terminal, paragraph by paragraph and line by line where it is indented."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(_wrapped(part, width) for part in _parts(text))
+
+
+def _parts(text: str) -> list[list[str]]:
+    """Lines that belong together: paragraphs, and indented lines with those indented deeper below them."""
+    parts: list[list[str]] = []
+    for line in text.strip().splitlines():
+        goes_on = parts and line.strip() and parts[-1][0].strip()
+        if goes_on and (_indentation(line) > _indentation(parts[-1][0]) or not _indentation(parts[-1][0])):
+            parts[-1].append(line)
+        else:
+            parts.append([line])
+    return parts
+
+
+def _wrapped(part: list[str], width: int) -> str:
+    first, *rest = part
+    deeper = " " * (_indentation(rest[0]) if rest else _indentation(first) and _indentation(first) + 4)
+    name = re.match(r" +\S+(?: \S+)*   *", first)  # a word or two, and behind a gap what they mean
+    if name and name.end() < len(first):
+        deeper = " " * name.end()
+    words = " ".join(line.strip() for line in [first[name.end() :] if name else first, *rest])
+    start = name.group() if name else " " * _indentation(first)
+    wrapper = textwrap.TextWrapper(width, start, deeper, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(words)
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def whole_number(text: str) -> int:
