@@ -130,7 +130,7 @@ def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
         layout.add_row(
             f"{'*' if point['used'] else ' '} {point['name']}",
             f"{point['measured']:,.0f}",
-            f"{point['error']:+.1%}",
+            f"{round(point['error'], 3) + 0.0:+.1%}",  # and no -0.0%
             "-" if left_out is None else f"{left_out:+.1%}",
         )
     return layout

@@ -36,7 +36,8 @@ class HealthMonitor:
     def _findings(self, metrics: Mapping[str, float], step: int, interval: int) -> Iterator[tuple[str, str]]:
         unclipped = metrics.get("optim/unclipped_fraction")
         if unclipped is not None and step > SETTLING_REFRESHES * interval:  # h starts at 0
-            if unclipped < LEAST_UNCLIPPED:
+            without_gradient = metrics.get("optim/hessian_zero_fraction", 0.0)  # so far: words not seen
+            if unclipped - without_gradient < LEAST_UNCLIPPED:
                 yield (
                     "clipped",
                     f"{1 - unclipped:.0%} of coordinates are clipped: this is sign momentum; "

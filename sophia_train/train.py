@@ -33,7 +33,7 @@ from sophia_train.run_config import (
 )
 from sophia_train.run_folder import RunFolder
 from sophia_train.trackers.base import RunInfo, Silent, Tracker, Trackers
-from sophia_train.trackers.console import Output
+from sophia_train.trackers.console import Output, duration
 from sophia_train.trackers.jsonl import JsonlTracker
 from sophia_train.trainer import NotFiniteError, Trainer
 
@@ -190,7 +190,7 @@ def _conclude(trainer: Trainer, splits: Splits, tokenizer: Tokenizer, folder: Ru
             "validation loss": f"{trainer.validation_loss:.3f} nats a token",
             **{f"  {name} model": f"{value:.3f}" for name, value in baselines.items()},
             "steps, tokens": f"{state.step:,}, {state.tokens:,}",
-            "time": f"{state.seconds / 60:.1f} min",
+            "time": duration(state.seconds),
             "loss curve": str(figure),
             "card": str(card),
         }

@@ -14,6 +14,10 @@ HEALTHY = {"optim/unclipped_fraction": 0.3, "optim/hessian_negative_fraction": 0
             {"optim/unclipped_fraction": 0.026},
             "97% of coordinates are clipped: this is sign momentum; raise optimizer.gamma",
         ),
+        (
+            {"optim/unclipped_fraction": 0.08, "optim/hessian_zero_fraction": 0.07},
+            "92% of coordinates are clipped: this is sign momentum",
+        ),
         ({"optim/unclipped_fraction": 0.99}, "only 1% of coordinates are clipped"),
         ({"optim/hessian_negative_fraction": 0.6}, "60% of h is negative"),
         ({"hessian/age": 50.0}, "h is 50 steps old, refreshes are due every 10"),

@@ -1,4 +1,4 @@
-"""Who may import whom: the table of the README's architecture section, read off the source."""
+"""Who may import whom, and which library, read off the source."""
 
 import ast
 import sys

@@ -192,9 +192,9 @@ def _standing(status: Settings) -> str:
 
 
 def _latest(figures: Summary, manifest: Settings) -> Summary:
-    """Go on to the newest checkpoint: a run that is stopped saves where it does not log."""
+    """Go on to the newest checkpoint: a run saves after it has logged, and also where it does not log."""
     state = manifest.get("state", {})
-    if state.get("step", 0) <= (figures.step or 0):
+    if state.get("step", 0) < (figures.step or 0):
         return figures
     names = ("step", "tokens", "seconds", "flops", "skipped_steps")
     return dataclasses.replace(figures, **{name: state[name] for name in names if name in state})

@@ -126,7 +126,7 @@ class TextData(Data):
         if not self.is_prepared:
             return f"{self.source}, {self.tokenizer_name} tokens, to be prepared in {folder}"
         train, validation = (Manifest.read(folder).tokens(split) for split in SPLITS)
-        return f"{self.source}, {train:,} + {validation:,} {self.tokenizer_name} tokens in {folder}"
+        return f"{self.source}, {train:,} + {validation:,} tokens ({self.tokenizer_name}) in {folder}"
 
     def _check_origin(self) -> None:
         """Refuse a folder that was prepared from other text or with other settings."""

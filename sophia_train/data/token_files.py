@@ -170,7 +170,7 @@ class TokenFiles(Data):
         """Say in one line what the data is, how many tokens, and where."""
         data = dataclasses.replace(self, verify=False)
         train, validation = (len(data.open(split)) for split in SPLITS)
-        return f"token files, {train:,} + {validation:,} {self.tokenizer_name} tokens in {self.path}"
+        return f"token files, {train:,} + {validation:,} tokens ({self.tokenizer_name}) in {self.path}"
 
     @property
     def _path(self) -> Path:

@@ -44,7 +44,7 @@ def test_it_prepares_and_verifies(main: Main, texts: Path, capsys: Capture) -> N
     arguments = ["data=text", f"data.path={texts}", "data.folder=prepared", "data.validation_fraction=0.3"]
     for _ in range(2):  # the second time there is nothing to do
         assert main(arguments) == 0
-        assert "bytes tokens in prepared" in capsys.readouterr().out
+        assert "tokens (bytes) in prepared" in capsys.readouterr().out
     data = TokenFiles(path="prepared", tokenizer="bytes")
     assert len(data.open("train")) + len(data.open("validation")) == 60 + 6 * sum(range(60))
     assert main(["data=token_files", "data.path=prepared", "data.tokenizer=bytes"]) == 0

@@ -162,7 +162,7 @@ def test_text_is_prepared_once_and_opened(tmp_path: Path) -> None:
     data.prepare()
     total = sum(len(f"text {i}") + 1 for i in range(40))
     assert len(data.open("train")) + len(data.open("validation")) == total
-    assert f"{len(data.open('train'))} + {len(data.open('validation'))} bytes tokens" in data.describe()
+    assert f"{len(data.open('train'))} + {len(data.open('validation'))} tokens (bytes)" in data.describe()
     before = (data.prepared_folder / "manifest.json").stat()
     data.prepare()
     assert (data.prepared_folder / "manifest.json").stat() == before
