@@ -52,6 +52,7 @@ def _run(arguments: Sequence[str]) -> None:
     library = import_library()
     if options.spec is not None:
         _write(options.spec, specification(library, options.entity or "", options.project))
+        sys.stdout.write(f"{options.spec}\n")
         return
     try:
         own_entity = default_entity()
