@@ -234,7 +234,7 @@ def test_without_an_account_the_way_out_is_named(arguments, run_script):
 
 def test_a_specification_needs_neither_account_nor_net(run_script, tmp_path):
     ended = run_script("--spec", "folder/spec.json", WANDB_BASE_URL="http://127.0.0.1:9")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "folder/spec.json\n", "")
     written = json.loads((tmp_path / "folder" / "spec.json").read_text())
     assert written["workspace"]["project"] == "sophia_train"
 
