@@ -41,7 +41,7 @@ def at_step(step: int, action: Callable[[], None]) -> None:
 
 
 def send_signal(step: int, name: str) -> None:
-    at_step(step, lambda: os.kill(os.getpid(), signal.Signals[name]))
+    at_step(step, lambda: signal.raise_signal(signal.Signals[name]))
 
 
 def send_signal_inside_a_save(name: str) -> None:
@@ -50,7 +50,7 @@ def send_signal_inside_a_save(name: str) -> None:
     def before(operation: str, path: Path) -> None:
         if path.name == "optimizer.safetensors":
             durable.before = nothing
-            os.kill(os.getpid(), signal.Signals[name])
+            signal.raise_signal(signal.Signals[name])
 
     durable.before = before
 
