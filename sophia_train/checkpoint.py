@@ -42,7 +42,7 @@ Tensors = dict[str, Tensor]
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any]) -> Path:
-    """Write a checkpoint and verify what the disk holds: a `Save`, begun and finished.
+    """Write a checkpoint and read it back: a `Save`, begun and finished.
 
     Returns:
         The checkpoint's folder.
@@ -103,14 +103,14 @@ class Save:
         return self._thread is None or not self._thread.is_alive()
 
     def finish(self) -> Path:
-        """Wait for what is still being written, commit the checkpoint, and verify what the disk holds.
+        """Wait for what is still being written and read back, and commit the checkpoint.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            OSError: writing failed on some process; nothing is left of the checkpoint.
-            DataError: the files are not what they were when they were written.
+            OSError, DataError: writing failed on some process, or what was read back differs from what was
+                written; nothing is left of the checkpoint.
         """
         if self._thread is not None:
             self._thread.join()
@@ -121,7 +121,6 @@ class Save:
             if rank() == 0:
                 durable.abandon_folder(self._temporary)
             raise
-        _verify_together(self.path)
         return self.path
 
     def _write(self) -> None:
@@ -133,6 +132,7 @@ class Save:
                 with path.open("rb") as file:
                     durable.sync_file(file)
                 self._fingerprints[name] = fingerprint(path)
+                _compare(path, tensors)
         except SafetensorError as error:
             self._error = OSError(errno.EIO, str(error), str(path))
         except (OSError, RunError) as error:
@@ -151,6 +151,23 @@ class Save:
         manifest["sha256"] = _manifest_digest(manifest)
         durable.write_json(self._temporary / "manifest.json", manifest)
         durable.finish_folder(self._temporary, self.path)
+        read_manifest(self.path)
+
+
+def _compare(path: Path, written: Tensors) -> None:
+    """Check that a file holds the bits that were written to it.
+
+    Raises:
+        DataError: it does not.
+    """
+    found = SavedTensors([path])
+    for name, tensor in written.items():
+        if name not in found or not torch.equal(_bits(found[name][:]), _bits(tensor)):
+            raise DataError(f"{path} does not hold what was written to it ({name} differs); check the disk")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def latest(folder: Path) -> Path | None:

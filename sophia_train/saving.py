@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written one at a time, committed, verified, and only then the oldest removed."""
+"""The checkpoints of a run: written one at a time, read back, committed, and only then the oldest removed."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -52,7 +52,7 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Commit the checkpoint that is being written, verify it, and only then remove the oldest.
+        """Commit the checkpoint that is being written, once it is read back, and then remove the oldest.
 
         Raises:
             OSError: it could not be written; nothing is left of it.

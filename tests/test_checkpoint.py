@@ -196,15 +196,15 @@ class TestDamage:
 
     def test_damage_on_the_way_to_the_disk_is_noticed(self, tmp_path, monkeypatch):
         def before(operation, path):
-            if path.name == ".manifest.json.tmp" and operation == "open":
-                weights = path.parent / "model.safetensors"
-                content = bytearray(weights.read_bytes())
+            if path.name == "model.safetensors" and operation == "fsync":
+                content = bytearray(path.read_bytes())
                 content[-1] ^= 4
-                weights.write_bytes(content)
+                path.write_bytes(content)
 
         monkeypatch.setattr(durable, "before", before)
         with pytest.raises(DataError, match="model.safetensors"):
             checkpoint.save(tmp_path, 1, *make(), {})
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestFolder:
