@@ -130,8 +130,8 @@ def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
         layout.add_row(
             f"{'*' if point['used'] else ' '} {point['name']}",
             f"{point['measured']:,.0f}",
-            f"{round(point['error'], 3) + 0.0:+.1%}",  # and no -0.0%
-            "-" if left_out is None else f"{left_out:+.1%}",
+            f"{point['error']:+z.1%}",
+            "-" if left_out is None else f"{left_out:+z.1%}",
         )
     return layout
 

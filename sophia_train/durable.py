@@ -30,6 +30,8 @@ def write_bytes(path: Path, content: bytes, *, temporary: Path | None = None) ->
     temporary = temporary or _temporary(path)
     try:
         with _open(temporary, "wb") as file:
+            if content:
+                reserve(file, len(content))
             before("write", temporary)
             file.write(content)
             sync_file(file)

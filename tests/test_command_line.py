@@ -5,9 +5,7 @@ from support import ROOT, load_script
 
 from sophia_train.command_line import Parser
 
-SCRIPTS = sorted(
-    path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "prepare_data"
-)  # has its own
+SCRIPTS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - {"prepare_data"})  # Hydra's words
 
 
 @pytest.mark.parametrize("columns", [60, 80])

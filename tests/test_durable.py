@@ -152,7 +152,8 @@ class TestOrder:
     """What a power cut could otherwise undo: content is on the disk before its name is, and the name then."""
 
     def test_of_a_file(self, folder, operations):
-        assert operations(write_file, folder) == ["open", "write", "fsync", "rename", "fsync_folder"]
+        steps = ["open", "reserve", "write", "fsync", "rename", "fsync_folder"]
+        assert operations(write_file, folder) == steps
 
     def test_of_a_folder(self, folder, operations):
         seen = operations(commit, folder)

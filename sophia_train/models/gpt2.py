@@ -96,7 +96,7 @@ class MLP(nn.Module):
 def gelu(x: Tensor) -> Tensor:
     """GPT-2's GELU: x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3).
 
-    That is x sigmoid(2 u), for which a compiler writes half the instructions of a tanh.
+    That is x sigmoid(2 u), for which a compiler writes fewer instructions than for a tanh.
     """
     if torch.compiler.is_compiling():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # as `F.gelu` computes it inside

@@ -153,7 +153,7 @@ def test_the_record_comes_after_what_it_records(tmp_path: Path, monkeypatch: pyt
         rename = calls.index(("rename", split))
         assert calls[rename + 1] == ("fsync_folder", "folder") and rename + 1 < record
     assert [operation for operation, _ in calls[record:]] == [
-        *("open", "write", "fsync", "rename", "fsync_folder")
+        *("open", "reserve", "write", "fsync", "rename", "fsync_folder")
     ]
     assert folder.find(0) == part
     assert names_in(folder.path) == {
