@@ -155,6 +155,7 @@ def child(request: dict[str, Any]) -> int:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{request['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     signal.alarm(request["timeout"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     sys.argv[1:] = request["start"]
     for name, *arguments in request["hooks"]:
         HOOKS[name](*arguments)
