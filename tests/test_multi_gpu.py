@@ -1,10 +1,12 @@
 """Runs on two GPUs, through NCCL, are the run on one."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+from launching import TORCHRUN, Launched, count_records, newest_step
 from support import ROOT, records
 
 pytestmark = pytest.mark.multi_gpu
@@ -74,3 +76,21 @@ def test_a_run_goes_on_with_another_number_and_another_mode(train, alone, tmp_pa
     train(2, tmp_path, *EXACT, *SOPHIA, "parallel=fsdp", "stop_at_step=7", code=75)
     train(2, tmp_path, *EXACT, *SOPHIA, "parallel=ddp", "stop_at_step=13", code=75)
     assert_close(train(1, tmp_path, *EXACT, *SOPHIA), alone["sophia"], 2e-3)
+
+
+def test_one_process_is_killed(token_files, train, tmp_path):
+    """The other, which waits in NCCL for it, ends as well; the run goes on from its last checkpoint."""
+    folder, long = tmp_path / "run", [*EXACT, *SOPHIA, "max_steps=100000", "save_interval=5"]
+    command = [*TORCHRUN, "sophia_train", *RUN, *long, f"data.path={token_files}", f"run_dir={folder}"]
+    launched = Launched(command, tmp_path / "output", ACCELERATE_USE_CPU="false")
+    try:
+        launched.wait_until(lambda: count_records(folder) > 10)
+        os.kill(next(pid for pid, of in launched.alive().items() if of == "1"), signal.SIGKILL)
+        assert launched.wait_for_nobody() != 0
+    finally:
+        launched.kill()
+    assert len(launched.errors) == 1 and "gone" in launched.errors[0]
+    saved = newest_step(folder)
+    assert saved >= 5
+    train(2, folder, *long, f"stop_at_step={saved + 3}", code=75)
+    assert newest_step(folder) == saved + 3
