@@ -6,6 +6,7 @@
     python scripts/benchmark.py memory [--models NAME ...] [--runs "optimizer=adamw" ...] ...
     python scripts/benchmark.py loader [--data "data=token_files data.path=FOLDER"] [--model NAME] ...
     python scripts/benchmark.py scaling [--processes 1 2 ...] [--parallel fsdp] [--model NAME] ...
+    python scripts/benchmark.py startup [--runs "compile=blocks" ...] [--model NAME] [--repeats N] ...
     python scripts/benchmark.py data PATH [--workers N] [--repeats N]
 
 Each says with --help what it takes, and writes JSON with --json FILE, too.
@@ -20,7 +21,7 @@ from typing import TypeAlias
 from rich.console import Console
 
 from sophia_train import durable
-from sophia_train.benchmarks import data, hessian, loader, memory, optimizer, scaling, train
+from sophia_train.benchmarks import data, hessian, loader, memory, optimizer, scaling, startup, train
 from sophia_train.command_line import Parser, whole_number
 from sophia_train.errors import exit_code_of
 
@@ -58,6 +59,7 @@ def _run(arguments: Sequence[str]) -> None:
             )
     _add_optimizer(commands)
     _add_memory(commands)
+    _add_startup(commands)
     _add_data(commands)
     options = parser.parse_args(arguments)
     report = options.benchmark.report(options)
@@ -113,6 +115,18 @@ def _add_memory(commands: Commands) -> None:
         metavar="N",
         help="sequences of a pass, of which a step has two (as in training with 480 a step)",
     )
+    add("--json", type=Path, metavar="FILE", help=JSON_HELP)
+
+
+def _add_startup(commands: Commands) -> None:
+    command = commands.add_parser("startup", help=str(startup.__doc__))
+    command.set_defaults(benchmark=startup)
+    add = command.add_argument
+    add("--model", default="gpt2_nano", metavar="NAME", help="of configs/model (%(default)s)")
+    add("--batch-size", type=whole_number, default=32, metavar="N", help="sequences (%(default)s)")
+    add("--micro-batch-size", type=whole_number, metavar="N", help="sequences of a pass (as in training)")
+    add("--runs", nargs="+", default=startup.RUNS, metavar="OVERRIDES", help="of a run (%(default)s)")
+    add("--repeats", type=whole_number, default=1, metavar="N", help="warm starts (%(default)s)")
     add("--json", type=Path, metavar="FILE", help=JSON_HELP)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -401,6 +402,27 @@ def test_the_table_of_memory_has_a_row_for_what_does_not_fit(capsys):
     _, first, second = capsys.readouterr().out.splitlines()
     assert re.match(r"gpt2_125m +sophia_g gnb_paper +32 +24\.22 +31\.00 *$", first)
     assert re.match(r"gpt2_1_5b +sophia_g gnb_paper +- +out of memory *$", second)
+
+
+def test_a_start_is_measured_to_the_first_step_and_ended(benchmark, tmp_path, capsys):
+    file = tmp_path / "json"
+    flags = ["--batch-size", "2", "--runs", "compile=false optimizer=adamw", "--repeats", "2"]
+    assert benchmark(["startup", *flags, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["results"]
+    assert row["cold_seconds"] > 0 and len(row["warm_seconds"]) == 2
+    assert psutil.Process().children() == []
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"compile=false optimizer=adamw +\d+\.\d +\d+\.\d +\d+\.\d \d+\.\d$", lines[1])
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [("optimizer=nadam", "error: optimizer=nadam"), ("data.path=/nowhere", "first step: error: data.path=")],
+)
+def test_a_start_that_fails_says_why_in_one_line(run, message, benchmark, capsys):
+    assert benchmark(["startup", "--batch-size", "2", "--runs", run]) != 0
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
 
 
 @pytest.mark.gpu
