@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from sophia_train import command_line
 from sophia_train.config import CONFIGS, RunConfig, compose, expand, run_config
-from sophia_train.distributed import failure
+from sophia_train.distributed import end_process, failure
 from sophia_train.errors import ConfigError, exit_code_of
 from sophia_train.processes import train_command
 from sophia_train.sweep import sweep
@@ -23,7 +23,7 @@ def launch(task: Task) -> NoReturn:
     Args:
         task: trains one run; returns its exit code, None being 0.
     """
-    sys.exit(run(sys.argv[1:], task))
+    end_process(run(sys.argv[1:], task))
 
 
 def run(arguments: Sequence[str], task: Task) -> int:

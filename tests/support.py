@@ -148,7 +148,11 @@ TINY = (
     "model.block_size=8 max_steps=6 batch_size=4 micro_batch_size=2 schedule.warmup_steps=2 log_interval=1 "
     "eval_interval=3 save_interval=2 keep_checkpoints=2 tracker=jsonl hessian.interval=2 eval_tokens=64"
 ).split()
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from launching import TORCHRUN, Launched, count_records, newest_step
-from support import ROOT, records
+from support import ENVIRONMENT, records
 
 pytestmark = pytest.mark.multi_gpu
 
@@ -29,7 +29,7 @@ def train(token_files):
         arguments = [*RUN, f"data.path={token_files}", f"run_dir={folder}", *overrides]
         done = subprocess.run(
             [*torchrun, str(processes), "-m", "sophia_train", *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **ENVIRONMENT, "ACCELERATE_USE_CPU": "false"},
             capture_output=True,
             text=True,
             timeout=300,

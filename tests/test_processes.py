@@ -89,6 +89,18 @@ def test_torchrun_with_another_number_is_refused(torchrun, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("processes", "said"), [(1, ["before", "taken apart"]), (2, ["before"])])
+def test_one_process_of_several_ends_without_taking_the_interpreter_apart(processes, said):
+    """A thread that asks for the interpreter's lock meanwhile would abort it."""
+    program = (
+        "import atexit, sophia_train.distributed as it; atexit.register(print, 'taken apart');"
+        "print('before'); it.end_process(75)"
+    )
+    environment = {**os.environ, **ENVIRONMENT, "WORLD_SIZE": str(processes)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 75 and done.stdout.splitlines() == said
+
+
 def test_without_a_launcher_ctrl_c_twice_ends_at_once(tiny, tmp_path):
     ended = tiny(tmp_path, hooks=[["send_signal", 3, "SIGINT"]] * 2)
     assert ended.code == 75 and len(ended.errors) == 1 and "at once" in ended.errors[0]

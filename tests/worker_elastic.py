@@ -10,6 +10,7 @@ from support import build, start_trackers
 from sophia_train import checkpoint
 from sophia_train.checkpoint_files import SavedTensors
 from sophia_train.collectives import gather, rank
+from sophia_train.distributed import end_process
 from sophia_train.errors import Interrupted
 
 STEPS = 8
@@ -104,3 +105,4 @@ if __name__ == "__main__":
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    end_process(0)

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from support import build
 
 from sophia_train.collectives import sum_over_processes
+from sophia_train.distributed import end_process
 from sophia_train.hessian import (
     EmpiricalFisher,
     Estimator,
@@ -136,3 +137,4 @@ if __name__ == "__main__":
     if together:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    end_process(0)
