@@ -1,7 +1,11 @@
 """Labels that a model draws from its own prediction, without a random generator (Sophia, Alg. 2, line 3)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+CLASSES = 2048
+"""How many classes of words there are: a word's is its number modulo this."""
 
 
 def token_keys(keys: Tensor, length: int) -> Tensor:
@@ -10,10 +14,11 @@ def token_keys(keys: Tensor, length: int) -> Tensor:
 
 
 def sample_labels(logits: Tensor, keys: Tensor) -> Tensor:
-    """Draw a word for every token with the Gumbel-max trick.
+    """Draw a word for every token with the Gumbel-max trick: first its class, then the word of that class.
 
-    The noise of a word is a hash of the token's key and the word's number, so that no generator has a state,
-    and a change of the logits by rounding changes a label only where two words nearly tie.
+    The noise of a class or word is a hash of the token's key and its number, so that no generator has a
+    state, and a change of the logits by rounding changes a label only where two of them nearly tie. In two
+    stages, a token needs the noise of some 2,000 classes and some words, and not of all words.
 
     Args:
         logits: (N, V).
@@ -22,13 +27,27 @@ def sample_labels(logits: Tensor, keys: Tensor) -> Tensor:
     Returns:
         (N,) int64 word ids, distributed as softmax(logits).
     """
-    words = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.int32)
+    count = min(CLASSES, logits.shape[-1])
+    size = -(-logits.shape[-1] // count)
+    padded = F.pad(logits, (0, size * count - logits.shape[-1]), value=-torch.inf).unflatten(
+        -1, (size, count)
+    )
+    classes = torch.arange(count, device=logits.device)
+    chosen = (padded.logsumexp(1) + _gumbel(~classes, keys)).argmax(
+        -1, keepdim=True
+    )  # words are not negative
+    words = chosen + count * torch.arange(size, device=logits.device)
+    of_words = padded.gather(2, chosen[:, None].expand(-1, size, 1))[..., 0]
+    return words.gather(1, (of_words + _gumbel(words, keys)).argmax(-1, keepdim=True))[:, 0]
+
+
+def _gumbel(numbers: Tensor, keys: Tensor) -> Tensor:
+    """Noise (N, n) of numbers, (n,) or (N, n), under the keys (N,) of tokens."""
     low = ((keys << 32) >> 32).to(torch.int32)[:, None]
     high = (keys >> 32).to(torch.int32)[:, None]
-    bits = _mix32(_mix32(words ^ low) ^ high) & 0x7FFFFFFF
+    bits = _mix32(_mix32(numbers.to(torch.int32) ^ low) ^ high) & 0x7FFFFFFF
     uniform = (bits.float() + 0.5) * 2.0**-31  # fine-grained near 0, where the likely winners are
-    exponential = -torch.log1p(-uniform)
-    return (logits - exponential.log()).argmax(dim=-1)
+    return -(-torch.log1p(-uniform)).log()
 
 
 def _mix32(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The cross-entropy of logits and its gradient as one kernel: `fused_cross_entropy._plain` on a GPU.
 
-A program has one token. It goes along the row of its logits twice: for the sum of the exponentials and, where
-labels are sampled, the winning word; then to put the gradient in the place of each logit. A row is small
-enough to be in the cache still.
+A program has one token. It goes along the row of its logits twice: for the sums of the exponentials, where a
+lane has one class of words, by which labels are drawn; then to put the gradient in the place of each logit. A
+row is small enough to be in the cache still.
 """
 
 import torch
@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LANES, REPEATS = 2048, 2  # words side by side, and how often before anything is summed up
+from sophia_train.models.labels import CLASSES
+
+LANES, REPEATS = CLASSES, 2  # words side by side, and how often before anything is summed up
 WARPS = 8
 LOWEST = tl.constexpr(-1e30)  # below any logit
 
@@ -38,6 +40,7 @@ def cross_entropy_(logits: Tensor, marks: Tensor, words: int, sampled: bool, wit
         COLUMNS=logits.shape[1],
         SAMPLED=sampled,
         WITH_GRADIENT=with_gradient,
+        MEMBERS=triton.next_power_of_2(triton.cdiv(words, LANES)),
         REPEATS=REPEATS,
         LANES=LANES,
         num_warps=WARPS,
@@ -54,9 +57,9 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gumbel(words, low, high):  # type: ignore[no-untyped-def]
-    """The noise of each word, from the halves of a token's key."""
-    bits = _mix(_mix(words.to(tl.uint32) ^ low) ^ high) & 0x7FFFFFFF
+def _gumbel(numbers, low, high):  # type: ignore[no-untyped-def]
+    """The noise of each number, from the halves of a token's key."""
+    bits = _mix(_mix(numbers.to(tl.uint32) ^ low) ^ high) & 0x7FFFFFFF
     uniform = (bits.to(tl.float32) + 0.5) * (2.0**-31)
     # -log1p(-uniform): the quotient makes up for the rounding of `rest`, so that small noise is fine-grained
     rest = 1.0 - uniform
@@ -74,6 +77,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     SAMPLED: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
+    MEMBERS: tl.constexpr,
     REPEATS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -85,25 +89,24 @@ def _kernel(  # type: ignore[no-untyped-def]
     # Lanes of their own, so that the loop waits for no other. A lane takes REPEATS words at a time, and
     # shrinks its sum once for all of them. LOWEST is finite, so that its distance to itself is 0.
     largest, total = tl.full((LANES,), LOWEST, tl.float32), tl.zeros((LANES,), tl.float32)
-    winner, word = tl.full((LANES,), LOWEST, tl.float32), tl.zeros((LANES,), tl.int32)
-    offsets = tl.arange(0, REPEATS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lanes = tl.arange(0, LANES)
+    offsets = tl.arange(0, REPEATS)[:, None] * LANES + lanes[None, :]
     for start in range(0, WORDS, REPEATS * LANES):
         column = start + offsets
         logit = tl.load(row + column, mask=column < WORDS, other=LOWEST).to(tl.float32)
         before = largest
         largest = tl.maximum(before, tl.max(logit, axis=0))
         total = total * tl.exp(before - largest) + tl.sum(tl.exp(logit - largest[None, :]), axis=0)
-        if SAMPLED:
-            noisy = tl.where(column < WORDS, logit + _gumbel(column, low, high), LOWEST)
-            best = tl.max(noisy, axis=0)
-            first = tl.min(tl.where(noisy == best[None, :], column, WORDS), axis=0)
-            word = tl.where(best > winner, first, word)
-            winner = tl.maximum(best, winner)
     highest = tl.max(largest)
     log_sum = highest + tl.log(tl.sum(total * tl.exp(largest - highest)))
     if SAMPLED:
-        label = tl.min(tl.where(winner == tl.max(winner), word, WORDS))
-    label = tl.maximum(label, 0)  # of a token that has one
+        noisy = tl.where(lanes < WORDS, largest + tl.log(total) + _gumbel(~lanes, low, high), LOWEST)
+        drawn = tl.argmax(noisy, axis=0)
+        members = drawn + LANES * tl.arange(0, MEMBERS)
+        logit = tl.load(row + members, mask=members < WORDS, other=LOWEST).to(tl.float32)
+        noisy = tl.where(members < WORDS, logit + _gumbel(members, low, high), LOWEST)
+        label = drawn + LANES * tl.argmax(noisy, axis=0)
+    label = tl.minimum(tl.maximum(label, 0), WORDS - 1)  # where there is none, or no number to draw it by
     log_likelihood = tl.load(row + label).to(tl.float32) - log_sum
     if WITH_GRADIENT:
         tl.debug_barrier()  # the logit of the label has been read

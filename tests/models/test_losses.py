@@ -1,10 +1,12 @@
 """Chunked losses against plain ones, and labels against the distribution they are drawn from."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sophia_train.models.labels import sample_labels, token_keys
+from sophia_train.models.labels import CLASSES, sample_labels, token_keys
 from sophia_train.models.losses import (
     Head,
     cross_entropy,
@@ -127,11 +129,12 @@ def test_half_precision_logits_are_summed_in_float32():
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("words", [2, 9, 300])
+@pytest.mark.parametrize("words", [2, 9, 300, CLASSES + 1, 5000])
 def test_labels_follow_the_softmax(words):
-    n = 100_000
+    n = 100_000 if words < CLASSES else 20_000
     logits = torch.randn(words, generator=torch.Generator().manual_seed(words)) * 2
-    labels = sample_labels(logits.expand(n, words), token_keys(torch.tensor([1]), n)[0])
+    keys = token_keys(torch.tensor([1]), n)[0].split(5000)
+    labels = torch.cat([sample_labels(logits.expand(len(each), words), each) for each in keys])
     expected = logits.softmax(0) * n
     counts = torch.bincount(labels, minlength=words)
     chi_squared = ((counts - expected) ** 2 / expected)[expected > 5].sum().item()
@@ -139,15 +142,19 @@ def test_labels_follow_the_softmax(words):
     assert chi_squared < freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations
 
 
-def test_rare_words_are_drawn_as_often_as_they_should_be():
+@pytest.mark.parametrize(
+    ("rare", "tokens", "chance"),
+    [(range(1, 1001), 300_000, 1e-4), (range(CLASSES, 3 * CLASSES, CLASSES), 30_000, 1e-3)],
+    ids=["in classes of their own", "in the class of a word that is not rare"],
+)
+def test_rare_words_are_drawn_as_often_as_they_should_be(rare, tokens, chance):
     # a rare word wins by very small noise: a coarse uniform has none
-    rare = torch.full((1001,), 1e-7).log()
-    rare[0] = 0.0
+    logits = torch.full((rare[-1] + 1,), -torch.inf)
+    logits[0], logits[list(rare)] = 0.0, math.log(chance / len(rare))
     drawn = 0
-    for start in range(0, 300_000, 5000):
-        labels = sample_labels(rare.expand(5000, 1001), token_keys(torch.tensor([start]), 5000)[0])
-        drawn += int((labels > 0).sum())
-    expected = 300_000 * 1e-4
+    for keys in token_keys(torch.tensor([1]), tokens)[0].split(5000):
+        drawn += int((sample_labels(logits.expand(5000, -1), keys) > 0).sum())
+    expected = tokens * chance
     assert abs(drawn - expected) < 4.5 * expected**0.5
 
 
