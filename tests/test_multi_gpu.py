@@ -78,19 +78,58 @@ def test_a_run_goes_on_with_another_number_and_another_mode(train, alone, tmp_pa
     assert_close(train(1, tmp_path, *EXACT, *SOPHIA), alone["sophia"], 2e-3)
 
 
-def test_one_process_is_killed(token_files, train, tmp_path):
-    """The other, which waits in NCCL for it, ends as well; the run goes on from its last checkpoint."""
-    folder, long = tmp_path / "run", [*EXACT, *SOPHIA, "max_steps=100000", "save_interval=5"]
-    command = [*TORCHRUN, "sophia_train", *RUN, *long, f"data.path={token_files}", f"run_dir={folder}"]
-    launched = Launched(command, tmp_path / "output", ACCELERATE_USE_CPU="false")
-    try:
-        launched.wait_until(lambda: count_records(folder) > 10)
-        os.kill(next(pid for pid, of in launched.alive().items() if of == "1"), signal.SIGKILL)
-        assert launched.wait_for_nobody() != 0
-    finally:
-        launched.kill()
-    assert len(launched.errors) == 1 and "gone" in launched.errors[0]
-    saved = newest_step(folder)
+LONG = [*EXACT, *SOPHIA, "max_steps=100000", "save_interval=5"]
+FAILS = """
+import os
+from sophia_train import launch, trainer
+from sophia_train.errors import DataError
+from sophia_train.train import train
+
+step = trainer.Trainer.train_step
+
+def failing(self, batch):
+    if os.environ["RANK"] == "1" and self.state.step == 7:
+        raise DataError("a shard is gone")
+    return step(self, batch)
+
+trainer.Trainer.train_step = failing
+launch.launch(train)
+"""
+
+
+@pytest.fixture
+def launched(token_files, tmp_path):
+    """Starts a long run under torchrun: `launched(*program)`."""
+    started = []
+
+    def launch(*program):
+        arguments = [*RUN, *LONG, f"data.path={token_files}", f"run_dir={tmp_path / 'run'}"]
+        command = [*TORCHRUN[:-1], *program, *arguments]
+        started.append(Launched(command, tmp_path / "output", ACCELERATE_USE_CPU="false"))
+        return started[-1]
+
+    yield launch
+    for each in started:
+        each.kill()
+
+
+def test_one_process_is_killed(launched, train, tmp_path):
+    """The other waits in NCCL, and torchrun ends it; the run goes on from its last checkpoint."""
+    run = launched("-m", "sophia_train")
+    run.wait_until(lambda: count_records(tmp_path / "run") > 10)
+    os.kill(next(pid for pid, of in run.alive().items() if of == "1"), signal.SIGKILL)
+    assert run.wait_for_nobody() != 0
+    assert "Signal 9 (SIGKILL)" in run.output.read_text()
+    saved = newest_step(tmp_path / "run")
     assert saved >= 5
-    train(2, folder, *long, f"stop_at_step={saved + 3}", code=75)
-    assert newest_step(folder) == saved + 3
+    train(2, tmp_path / "run", *LONG, f"stop_at_step={saved + 3}", code=75)
+    assert newest_step(tmp_path / "run") == saved + 3
+
+
+def test_one_process_fails(launched, tmp_path):
+    """It says why, the other is ended, and the last checkpoint is whole."""
+    (tmp_path / "program.py").write_text(FAILS)
+    run = launched(str(tmp_path / "program.py"))
+    assert run.wait_for_nobody() != 0
+    assert run.errors == ["error: process 1: a shard is gone"]
+    assert newest_step(tmp_path / "run") == 5
