@@ -158,6 +158,17 @@ def test_rare_words_are_drawn_as_often_as_they_should_be(rare, tokens, chance):
     assert abs(drawn - expected) < 4.5 * expected**0.5
 
 
+def test_rounding_changes_labels_only_where_words_nearly_tie():
+    """So often, at least, as it moves the distributions; the inverse of summed probabilities would far more."""
+    n, generator = 2000, torch.Generator().manual_seed(1)
+    logits = torch.randn(n, 3 * CLASSES, generator=generator) * 2
+    rounded = logits + torch.randn(logits.shape, generator=generator) * 0.03
+    keys = token_keys(torch.tensor([1]), n)[0]
+    changed = (sample_labels(logits, keys) != sample_labels(rounded, keys)).double().mean()
+    moved = (logits.softmax(-1) - rounded.softmax(-1)).abs().sum(-1).mean() / 2  # total variation
+    assert moved / 2 < changed < 3 * moved
+
+
 def test_neighbouring_tokens_and_sequences_draw_independently():
     keys = token_keys(torch.arange(400), 400)
     labels = sample_labels(torch.zeros(keys.numel(), 2), keys.flatten()).view(400, 400).float() * 2 - 1
