@@ -9,8 +9,10 @@ as PNG and SVG.
 
   loss        validation loss at the end of the schedule; a run that was cut before is listed, and not in it
   less ...    mean difference over shared seeds; detectable is what so many seeds would show, with 80 % power
-  speed-up    cost at which the baseline's mean curve is at --target, over that of each run; a bound, such as
-              < 1.00, where a run never gets there
+  speed-up    of runs of several lengths: the baseline's tokens over those of the schedule that ends at its
+              loss; on the way: what the baseline spends until its final loss, or --target, over what each run
+              does, mid-schedule; a bound, such as < 1.00, where a run never gets there
+  seconds     of steady training, without start-up, evaluations and checkpoints
   unequal     everything that differs between groups and is not the optimizer or its rates; with --tuning, the
               trials that went into their settings, too
 """
@@ -44,7 +46,7 @@ def _run(arguments: Sequence[str]) -> None:
         "--baseline", type=Path, metavar="RUN", help="a run of the group to compare with (the first RUN)"
     )
     parser.add_argument(
-        "--target", type=loss, metavar="LOSS", help="of the speed-up (the baseline's mean final loss)"
+        "--target", type=loss, metavar="LOSS", help="of the speed-up (the baseline's final loss)"
     )
     parser.add_argument(
         "--at-step",

@@ -2,7 +2,7 @@
 
 import math
 
-from sophia_train.compare.report import Row
+from sophia_train.compare.report import Lengths, Row
 from sophia_train.compare.statistics import Difference, Interval, SpeedUp
 from sophia_train.trackers.base import AXES
 
@@ -10,20 +10,40 @@ NOTHING = "-"
 
 
 def loss_cells(row: Row, baseline: str | None) -> list[str]:
-    """Label, seeds, loss, difference to the baseline, what is detectable, win rate, overhead."""
-    cells = [row.group.label, f"{len(row.group.complete)} of {len(row.group.runs)}"]
-    cells += [f"{row.final.mean:.4f}", ends_text(row.final, ".4f")] if row.final else [NOTHING, NOTHING]
-    if row.difference is not None:
-        interval = row.difference.interval
-        cells += [f"{interval.mean:+.4f}", f"{ends_text(interval, '+.4f')}{_method(row.difference)}"]
-        cells.append(number_text(row.difference.detectable, ".4f"))
+    """Label, difference to the baseline, loss, seeds, what is detectable, win rate, overhead."""
+    if row.difference is None:
+        cells = [_no_difference(row, baseline), NOTHING]
     else:
-        cells += [_no_difference(row, baseline), NOTHING, NOTHING]
+        cells = _difference_cells(row.difference, len(row.group.complete))
+    cells += [f"{row.final.mean:.4f}", ends_text(row.final, ".4f")] if row.final else [NOTHING, NOTHING]
     return [
+        row.group.label,
         *cells,
+        f"{len(row.group.complete)} of {len(row.group.runs)}",
+        number_text(row.difference.detectable, ".4f") if row.difference else NOTHING,
         number_text(row.win_rate, ".2f"),
         number_text(row.hessian_share, ".1%").replace("%", " %"),
     ]
+
+
+def variation_cells(row: Row) -> list[str]:
+    """Label, difference to the first group of the optimizer, what is detectable."""
+    assert row.variation is not None
+    detectable = number_text(row.variation.detectable, ".4f")
+    return [row.group.label, *_difference_cells(row.variation, len(row.group.complete)), detectable]
+
+
+def lengths_cells(lengths: Lengths) -> list[str]:
+    """Optimizer, speed-up by the ends of its schedules, the loss at the end of each."""
+    losses = [f"{row.group.total_steps:,}: {number_text(row.loss, '.4f')}" for row in lengths.rows]
+    found = "-" if lengths.speed_up is None else speed_text(lengths.speed_up)
+    return [lengths.optimizer, found, ", ".join(losses)]
+
+
+def _difference_cells(difference: Difference, seeds: int) -> list[str]:
+    interval = difference.interval
+    number = f", n = {interval.n}" if interval.n != seeds else ""
+    return [f"{interval.mean:+.4f}", f"{ends_text(interval, '+.4f')}{number}"]
 
 
 def _no_difference(row: Row, baseline: str | None) -> str:
@@ -65,10 +85,6 @@ def ends_text(interval: Interval, form: str) -> str:
     if math.isnan(interval.low):
         return NOTHING
     return f"{interval.low:{form}} to {interval.high:{form}}"
-
-
-def _method(difference: Difference) -> str:
-    return f", {difference.method}, n = {difference.interval.n}" if difference.interval.n > 1 else ""
 
 
 def number_text(value: float, form: str) -> str:

@@ -6,21 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from sophia_train.compare.cells import (
     NOTHING,
     ends_text,
+    lengths_cells,
     loss_cells,
     number_text,
     size_cells,
     speed_cells,
     speed_text,
+    variation_cells,
 )
 from sophia_train.compare.document import Block, Bullets, Heading, Notice, Paragraph, Picture, Table
 from sophia_train.compare.fairness import Finding
 from sophia_train.compare.reference import kinds
-from sophia_train.compare.report import Comparison, Report, Row, best_by_optimizer
+from sophia_train.compare.report import Comparison, Report, Row, best_by_length, best_by_optimizer
 from sophia_train.compare.runs import Run
 from sophia_train.compare.statistics import LEVEL
-
-IN_SHORT = 6
-"""Most groups that the summary names; more are read off the tables."""
 
 THE_OTHERS = 4
 """Number of groups from which on those with the most frequent value are not named one by one."""
@@ -31,7 +30,8 @@ def contents(report: Report, pictures: Mapping[str, Sequence[Picture]] | None = 
 
     Args:
         report: its numbers.
-        pictures: figures by the place where they belong: `loss SIZE`, `hessian SIZE`, `sizes`, `tuning`.
+        pictures: figures by the place where they belong: `differences SIZE`, `loss SIZE`, `hessian SIZE`,
+            `sizes`, `tuning`.
     """
     pictures = pictures or {}
     number = len(report.runs)
@@ -61,16 +61,15 @@ def _comparison(
     where = report.where
     at = f"at step {report.at_step:,}, mid-schedule" if report.at_step else "at the end of the schedule"
     baseline = comparison.baseline
-    if baseline and len(comparison.rows) <= IN_SHORT:
-        verdicts = [(row.group.label, _verdict(row, baseline)) for row in comparison.rows if row.speed_ups]
-        if verdicts:
-            yield Heading(level, f"In short{where}")
-            yield Bullets(verdicts)
+    if verdicts := list(_verdicts(comparison)):
+        yield Heading(level, f"In short{where}")
+        yield Bullets(verdicts)
+        yield from pictures.get(f"differences {comparison.size}", ())
     yield Heading(level, f"Validation loss{where}" if where else "Final validation loss")
     baseline_words = f"; the baseline is {baseline}" if baseline else ""
     yield Paragraph(f"Nats a token {at}; {100 * LEVEL:g} % intervals over seeds{baseline_words}.")
     yield Table(
-        ["", "seeds", "loss", "interval", "less baseline", "interval", "detectable", "win rate"]
+        ["", "less baseline", "interval", "loss", "interval", "seeds", "detectable", "win rate"]
         + ["Hessian time"],
         [loss_cells(row, baseline) for row in comparison.rows],
     )
@@ -80,11 +79,37 @@ def _comparison(
         "nothing, one will look like something."
     )
     yield from pictures.get(f"loss {comparison.size}", ())
-    if baseline:
-        yield Heading(level, f"Speed-up to a loss of {comparison.target:.4f}{where}")
+    if varied := [row for row in comparison.rows if row.variation]:
+        yield Heading(level, f"Settings of one optimizer{where}")
         yield Paragraph(
-            f"{baseline}'s mean curve over each run's own, a geometric mean with its interval over seeds; "
-            "the baseline's own spread is not in it. A bound (<, >) where a run never reaches the loss."
+            "Each less the first of its optimizer and length in the table above, paired by seed as there."
+        )
+        yield Table(
+            ["", "less the first", "interval", "detectable"], [variation_cells(row) for row in varied]
+        )
+    if comparison.lengths:
+        yield Heading(level, f"Length of the schedule{where}")
+        yield Paragraph(
+            "The best settings of each optimizer and length. The speed-up compares ends of schedules: the "
+            "baseline's tokens over those of the schedule that ends at its loss, on the line between two "
+            "lengths, by seed; a bound (<, >) where no two lengths lie around it."
+        )
+        yield Table(
+            ["", "speed-up in tokens", "loss by steps"],
+            [lengths_cells(each) for each in comparison.lengths],
+        )
+    if baseline:
+        target = comparison.target
+        loss = (
+            f"the {'' if where else 'final '}loss of {baseline}"
+            if target is None
+            else f"a loss of {target:.4f}"
+        )
+        yield Heading(level, f"Speed-up on the way to {loss}{where}")
+        yield Paragraph(
+            f"What {baseline} spends until it is there, over what a run with the same seed does: a geometric "
+            "mean with its interval over seeds. Above 1, the run is in the middle of its schedule there: "
+            "no comparison of ends. A bound (<, >) where a run never reaches the loss."
         )
         yield Table(
             ["", "reach it", "steps", "tokens", "FLOPs", "seconds"],
@@ -107,8 +132,8 @@ def _comparison(
 def _sizes(report: Report, pictures: Sequence[Picture]) -> Iterator[Block]:
     yield Heading(2, f"Against model size{report.where}")
     yield Paragraph(
-        "The group of the lowest loss of each optimizer at each size; speed-ups, in tokens, are to the loss "
-        "of that size's baseline."
+        "The group of the lowest loss of each optimizer at each size; speed-ups, in tokens, are to the final "
+        "loss of that size's baseline, on the way of a longer schedule."
     )
     best = [best_by_optimizer(comparison.rows) for comparison in report.comparisons]
     optimizers = list(dict.fromkeys(name for each in best for name in each))
@@ -176,20 +201,42 @@ def _reference(report: Report) -> Iterator[Block]:
         )
 
 
-def _verdict(row: Row, baseline: str) -> str:
+def _verdicts(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    """Say of the best of each other optimizer and length, in words, what the intervals say."""
+    baseline = comparison.baseline_row
+    if baseline is None:
+        return
+    others = [row for row in comparison.rows if row.group.optimizer != baseline.group.optimizer]
+    for row in best_by_length(others) or others:
+        yield row.group.label, _verdict(row, baseline)
+    for each in comparison.lengths:
+        if each.speed_up is not None and each.speed_up.relation != "?":
+            words = f"speed-up in tokens, by the ends of its schedules: {speed_text(each.speed_up)}."
+            yield each.optimizer, words
+
+
+def _verdict(row: Row, baseline: Row) -> str:
     """Say what the intervals say, and no more."""
-    tokens = row.speed_ups["tokens"]
-    speed = "" if tokens.relation == "?" else f" Speed-up in tokens: {speed_text(tokens)}."
+    name = baseline.group.label
     if row.final is None:
-        return f"no run got to where losses are compared.{speed}"
+        return "no run got to where losses are compared."
     if row.difference is None:
-        return f"shares no seed with {baseline}, so that nothing is paired.{speed}"
+        return f"shares no seed with {name}, so that nothing is paired."
     interval = row.difference.interval
-    words = f"{abs(interval.mean):.4f} {'below' if interval.mean < 0 else 'above'} {baseline}"
+    words = f"{abs(interval.mean):.4f} {'below' if interval.mean < 0 else 'above'} {name}"
     if interval.n == 1:
-        return f"{words} with one seed, which shows nothing.{speed}"
+        return f"{words} with one seed, which shows nothing."
     shown = interval.low > 0 or interval.high < 0
-    return f"{words} ({ends_text(interval, '+.4f')}): {'a' if shown else 'no'} difference shown.{speed}"
+    words += f" ({ends_text(interval, '+.4f')}): {'a' if shown else 'no'} difference shown"
+    share = row.group.total_steps / baseline.group.total_steps
+    if share == 1:
+        return f"{words}."
+    if shown:
+        return (
+            f"{words}, with {share:.2f} of the steps: it {'does not match' if interval.mean > 0 else 'wins'}."
+        )
+    detectable = number_text(row.difference.detectable, ".4f")
+    return f"{words} with {share:.2f} of the steps; one of {detectable} would have been."
 
 
 def _why(run: Run) -> str:

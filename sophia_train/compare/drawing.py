@@ -20,7 +20,8 @@ SERIES = ("#1566b8", "#c8452f", "#2b8540", "#8450c4", "#b06d00", "#08868c", "#c2
 INK, SOFT, GRID, PAPER = "#1f2328", "#626a73", "#e2e5e9", "#ffffff"
 
 DASHES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)))
-"""Lines of several settings of one optimizer."""
+POINTS = (None, "o", "s", "^")
+"""Lines of several settings of one optimizer, and the points on them where there are more than dashes."""
 
 SETTINGS: dict[str, Any] = {
     "axes.axisbelow": True,

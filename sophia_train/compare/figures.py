@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sophia_train.compare.drawing import (
     DASHES,
+    SOFT,
     Drawing,
     color_of,
     finish,
@@ -27,6 +28,8 @@ def draw(report: Report) -> list[Drawing]:
     several = len(report.comparisons) > 1
     for comparison in report.comparisons:
         suffix = f"_{comparison.size}" if several else ""
+        if any(row.difference for row in named_rows(comparison)):
+            drawings.append(_styled(f"differences{suffix}", _draw_differences, comparison, report))
         for axis in AXIS_WORDS:
             drawings.append(_styled(f"loss_{axis}{suffix}", draw_losses, comparison, report, axis))
         if any(math.isfinite(row.win_rate) for row in comparison.rows):
@@ -44,6 +47,24 @@ def draw(report: Report) -> list[Drawing]:
 def _styled(name: str, draw_it: Callable[..., Drawing], *what: Any) -> Drawing:
     with style(name):
         return draw_it(name, *what)
+
+
+def _draw_differences(name: str, comparison: Comparison, report: Report) -> Drawing:
+    rows = [row for row in named_rows(comparison) if row.difference]
+    axes = new_axes(0.75 + 0.42 * len(rows))
+    axes.axvline(0, color=SOFT, linewidth=0.9, zorder=1)
+    for place, row in enumerate(rows):
+        assert row.difference is not None
+        interval = row.difference.interval
+        color = color_of(row.group.optimizer, report.optimizers)
+        axes.plot([interval.low, interval.high], [place, place], color=color, solid_capstyle="butt")
+        axes.plot(interval.mean, place, marker="o", color=color)
+        _write_above(axes, place, f"{row.group.label}: {interval.mean:+.4f}")
+    _dress_list(axes, len(rows))
+    axes.set_xlabel(f"loss less that of {comparison.baseline} (nats a token)")
+    axes.set_title(f"difference to the baseline{report.where}")
+    caption = f"Loss of each group less that of {comparison.baseline}, with its interval over seeds."
+    return finish(axes, name, f"differences {comparison.size}", caption + report.remark)
 
 
 def _draw_win_rates(name: str, comparison: Comparison, report: Report) -> Drawing:
@@ -74,19 +95,28 @@ def _draw_shares(shares: dict[str, tuple[float, str]], report: Report) -> Axes:
     axes = new_axes(0.75 + 0.42 * len(logged))
     for place, (label, (share, optimizer)) in enumerate(logged.items()):
         axes.barh(place, 100 * share, height=0.36, color=color_of(optimizer, report.optimizers))
-        axes.annotate(
-            f"{label}: {100 * share:.1f} %",
-            (0, place - 0.24),
-            xytext=(1, 0),
-            textcoords="offset points",
-            va="bottom",
-            fontsize=8.5,
-            annotation_clip=False,
-        ).set_in_layout(False)
-    axes.set_ylim(len(logged) - 0.65, -0.75)
+        _write_above(axes, place, f"{label}: {100 * share:.1f} %")
+    _dress_list(axes, len(logged))
+    return axes
+
+
+def _write_above(axes: Axes, place: int, text: str) -> None:
+    axes.annotate(
+        text,
+        (0, place - 0.24),
+        xycoords=("axes fraction", "data"),
+        xytext=(1, 0),
+        textcoords="offset points",
+        va="bottom",
+        fontsize=8.5,
+        annotation_clip=False,
+    ).set_in_layout(False)
+
+
+def _dress_list(axes: Axes, length: int) -> None:
+    axes.set_ylim(length - 0.65, -0.75)
     axes.set_yticks([])
     axes.grid(visible=False, axis="y")
-    return axes
 
 
 def _draw_tuning(name: str, report: Report) -> Drawing:

@@ -46,6 +46,11 @@ class Group:
         return optimizer_name(self.runs[0].settings)
 
     @property
+    def total_steps(self) -> int:
+        """Length of its schedule."""
+        return self.runs[0].total_steps
+
+    @property
     def parameters(self) -> int:
         """Size of its model, embeddings included."""
         return self.runs[0].parameters
@@ -57,8 +62,9 @@ class Group:
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Put runs that differ in nothing but the seed together, in the order of each group's first run.
+    """Put runs that differ in nothing but the seed together.
 
+    The groups of an optimizer stand together, by decreasing length, else in the order of their first runs.
     Names, folders, the machine, and settings that change the speed only do not count; the data's place does
     not where a checkpoint says which tokens they were.
 
@@ -68,7 +74,11 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(_identity(run), []).append(run)
-    members = [tuple(sorted(each, key=lambda run: run.seed)) for each in found.values()]
+    optimizers = list(dict.fromkeys(optimizer_name(each[0].settings) for each in found.values()))
+    members = sorted(
+        (tuple(sorted(each, key=lambda run: run.seed)) for each in found.values()),
+        key=lambda each: (optimizers.index(optimizer_name(each[0].settings)), -each[0].total_steps),
+    )
     for each in members:
         for first, second in zip(each, each[1:], strict=False):
             if first.seed == second.seed:
@@ -141,11 +151,14 @@ def _identity(run: Run) -> str:
 
 
 def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
-    """Name each group for its optimizer, its size if there are several, and what else sets it apart."""
+    """Name each group for its optimizer, its size and length if there are several, and what else it has."""
     first = [each[0] for each in members]
     several_sizes = len({shape_of(run) for run in first}) > 1
+    several_lengths = len({run.total_steps for run in first}) > 1
     names = [
-        optimizer_name(run.settings) + (f" {size_name(run.parameters)}" if several_sizes else "")
+        optimizer_name(run.settings)
+        + (f" {size_name(run.parameters)}" if several_sizes else "")
+        + (f" {run.total_steps:,} steps" if several_lengths else "")
         for run in first
     ]
     labels = []
@@ -167,10 +180,7 @@ def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _shown(run: Run) -> dict[str, Any]:
-    return {
-        "steps": run.total_steps,
-        **{key: value for key, value in run.settings.items() if is_compared(key)},
-    }
+    return {key: value for key, value in run.settings.items() if is_compared(key)}
 
 
 def _value(value: Any) -> str:

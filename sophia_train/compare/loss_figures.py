@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator
 from sophia_train.compare.drawing import (
     DASHES,
     MARKERS,
+    POINTS,
     PUBLISHED,
     Drawing,
     color_of,
@@ -27,7 +28,7 @@ SHOWN_FROM = 0.2
 AXIS_WORDS = {
     "step": "steps",
     "tokens": "tokens",
-    "seconds": "wall-clock time",
+    "seconds": "training time",
     "flops": "FLOPs, Hessian passes included",
 }
 
@@ -55,7 +56,7 @@ def draw_losses(name: str, comparison: Comparison, report: Report, axis: str) ->
     for row in comparison.rows:
         color = color_of(row.group.optimizer, report.optimizers)
         if row in named:
-            in_frame += _draw_mean(axes, row, axis, unit, color=color, linestyle=_dashes(row, named))
+            in_frame += _draw_mean(axes, row, axis, unit, color=color, **_look(row, named))
         elif row.group.complete:
             points = mean_curve(list(row.group.complete.values()))
             axes.plot([p[axis] / unit for p in points], [p["val/loss"] for p in points], color=color, **FAINT)
@@ -108,10 +109,22 @@ def _draw_reference(axes: Axes, curve: Curve, report: Report) -> list[float]:
     return _later(curve.tokens, curve.losses)
 
 
-def _dashes(row: Row, named: Sequence[Row]) -> Any:
-    """Tell groups of one optimizer, which have one colour, apart."""
-    alike = [other for other in named if other.group.optimizer == row.group.optimizer]
-    return DASHES[alike.index(row) % len(DASHES)]
+def _look(row: Row, named: Sequence[Row]) -> dict[str, Any]:
+    """Tell groups of one optimizer, which have one colour, apart: first of all those of other lengths."""
+    lengths = sorted({each.group.total_steps for each in named}, reverse=True)
+    alike = [
+        each
+        for each in named
+        if each.group.optimizer == row.group.optimizer and each.group.total_steps == row.group.total_steps
+    ]
+    place = lengths.index(row.group.total_steps) + len(lengths) * alike.index(row)
+    points, dashes = divmod(place, len(DASHES))
+    return {
+        "linestyle": DASHES[dashes],
+        "marker": POINTS[points % len(POINTS)],
+        "markersize": 3.5,
+        "markevery": 0.1,
+    }
 
 
 def _unit(axis: str, spent: float) -> tuple[float, str]:

@@ -35,8 +35,10 @@ class Row:
         group: whose.
         final: validation loss where it is compared, over seeds; None if no run got there.
         difference: of that to the baseline, by seed; None for the baseline and where no seed is shared.
-        reached: number of runs that reached the target.
-        speed_ups: over the baseline, by axis; empty for the baseline, and where there is none.
+        variation: of that to the first group of this optimizer and length, by seed; None for that group and
+            where no seed is shared.
+        reached: number of runs that reached the target on their way.
+        speed_ups: over the baseline, by axis, to the target; empty for the baseline, and where there is none.
         win_rate: mean `optim/unclipped_fraction` over steps and runs; NaN where it is not logged.
         hessian_share: mean share of the time for Hessian passes.
     """
@@ -44,10 +46,33 @@ class Row:
     group: Group
     final: Interval | None
     difference: Difference | None
+    variation: Difference | None
     reached: int
     speed_ups: Mapping[str, SpeedUp]
     win_rate: float
     hessian_share: float
+
+    @property
+    def loss(self) -> float:
+        """The mean of `final`; NaN if there is none."""
+        return math.nan if self.final is None else self.final.mean
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How the final loss of an optimizer depends on the length of its schedule, against the baseline's.
+
+    Attributes:
+        optimizer: whose.
+        rows: the best of each length, by increasing length; two or more.
+        speed_up: tokens of the baseline's schedule over those of the schedule that would end at its loss: on
+            the line between two lengths, loss against the logarithm of tokens, by seed; a bound if that is
+            not between any. None for the baseline's optimizer and where not all share a seed.
+    """
+
+    optimizer: str
+    rows: Sequence[Row]
+    speed_up: SpeedUp | None
 
 
 @dataclass(frozen=True)
@@ -58,17 +83,24 @@ class Comparison:
         size: of the models, such as 124M.
         parameters: the same, exactly, of the first group.
         baseline: label of the group that others are compared with; None if none has its optimizer.
-        target: loss of the speed-ups, nats a token; NaN without a baseline.
+        target: loss of the speed-ups, nats a token; None for the baseline's final one.
         rows: a row for each group.
+        lengths: of each optimizer that has runs of several.
         findings: what is unequal.
     """
 
     size: str
     parameters: int
     baseline: str | None
-    target: float
+    target: float | None
     rows: Sequence[Row]
+    lengths: Sequence[Lengths]
     findings: Sequence[Finding]
+
+    @property
+    def baseline_row(self) -> Row | None:
+        """That of the baseline, if there is one."""
+        return next((row for row in self.rows if row.group.label == self.baseline), None)
 
 
 @dataclass(frozen=True)
@@ -152,39 +184,58 @@ def compare_groups(
     Args:
         groups: all of them, the baseline with them.
         baseline: has a run with a finite loss where it is compared; None to give losses only.
-        target: loss in nats a token to measure speed-ups to; None for the baseline's mean final loss.
+        target: loss in nats a token to measure speed-ups to; None for the baseline's own final loss, seed by
+            seed, or its mean where a group shares no seed with it.
         studies: the tuning that is on record.
 
     Raises:
         ConfigError: the baseline has no such run, or the target is not below where a run starts.
     """
-    reference: dict[str, Cost] = {}
-    if baseline is None:
-        target = math.nan
-    else:
-        target = _target(groups, baseline, target)
-        curve = mean_curve(list(baseline.complete.values()))
-        reference = {axis: _cost(target, curve, axis) for axis in AXES}
+    if baseline is not None:
+        _check_target(groups, baseline, target)
     theirs = {} if baseline is None else _finals(baseline)
+    firsts: dict[tuple[str, int], Group] = {}
     rows = []
     for group in groups:
         mine = _finals(group)
-        others = {} if group is baseline else reference
-        costs = {axis: [_cost(target, run.curve, axis) for run in group.runs] for axis in AXES}
+        first = firsts.setdefault((group.optimizer, group.total_steps), group)
+        pairs = [] if baseline is None else _pairs(group, baseline, target)
+        compared = baseline is not None and group is not baseline
         rows.append(
             Row(
                 group,
                 t_interval(list(mine.values())) if mine else None,
-                paired_difference(mine, theirs) if others else None,
-                sum(not cost.censored for cost in costs["step"]),
-                {axis: speed_up(cost, costs[axis]) for axis, cost in others.items()},
+                paired_difference(mine, theirs) if compared else None,
+                paired_difference(mine, _finals(first)) if group is not first else None,
+                sum(not ours["step"].censored for _, ours in pairs),
+                {axis: speed_up([(one[axis], ours[axis]) for one, ours in pairs]) for axis in AXES}
+                if compared
+                else {},
                 _mean(group, lambda run: run.unclipped_fraction),
                 _mean(group, lambda run: run.hessian_share),
             )
         )
     parameters = groups[0].parameters
-    label = None if baseline is None else baseline.label
-    return Comparison(size_name(parameters), parameters, label, target, rows, unequal(groups, studies))
+    return Comparison(
+        size_name(parameters),
+        parameters,
+        None if baseline is None else baseline.label,
+        target,
+        rows,
+        _lengths(rows, baseline),
+        unequal(groups, studies),
+    )
+
+
+def best_by_length(rows: Sequence[Row]) -> list[Row]:
+    """The row of the lowest final loss of each optimizer and length, in the order of the rows."""
+    lengths = dict.fromkeys(row.group.total_steps for row in rows)
+    best = [
+        best_by_optimizer([row for row in rows if row.group.total_steps == length]).values()
+        for length in lengths
+    ]
+    chosen = {row.group.label for each in best for row in each}
+    return [row for row in rows if row.group.label in chosen]
 
 
 def best_by_optimizer(rows: Sequence[Row]) -> dict[str, Row]:
@@ -232,8 +283,8 @@ def _finals(group: Group) -> dict[int, float]:
     return {seed: run.final_loss for seed, run in group.complete.items()}
 
 
-def _target(groups: Sequence[Group], baseline: Group, target: float | None) -> float:
-    """Check the baseline and the loss of the speed-ups; the baseline's mean final loss if there is none."""
+def _check_target(groups: Sequence[Group], baseline: Group, target: float | None) -> None:
+    """Check the baseline, and that the loss of the speed-ups is below where runs start."""
     if baseline.final_loss is None:
         raise ConfigError(
             f"the baseline, {baseline.label}, has no run with a finite loss where it is compared; "
@@ -247,11 +298,63 @@ def _target(groups: Sequence[Group], baseline: Group, target: float | None) -> f
                     f"the target, {target:.4f}, is not below the first loss of {run.path}; "
                     "choose a lower --target"
                 )
-    return target
 
 
-def _cost(target: float, curve: Sequence[Mapping[str, float]], axis: str) -> Cost:
-    return cost_to_reach(target, [point["val/loss"] for point in curve], [point[axis] for point in curve])
+def _pairs(
+    group: Group, baseline: Group, target: float | None
+) -> list[tuple[dict[str, Cost], dict[str, Cost]]]:
+    """What the baseline and each run of a group spent until a loss, by axis: by seed, if they share any."""
+    theirs = baseline.complete
+    if shared := [run for run in group.runs if run.seed in theirs]:
+        pairs = [(theirs[run.seed].curve, run.curve) for run in shared]
+    else:
+        mean = mean_curve(list(theirs.values()))
+        pairs = [(mean, run.curve) for run in group.runs]
+    targets = [target or one[-1]["val/loss"] for one, _ in pairs]
+    return [(_costs(loss, one), _costs(loss, ours)) for loss, (one, ours) in zip(targets, pairs, strict=True)]
+
+
+def _costs(target: float, curve: Sequence[Mapping[str, float]]) -> dict[str, Cost]:
+    losses = [point["val/loss"] for point in curve]
+    return {axis: cost_to_reach(target, losses, [point[axis] for point in curve]) for axis in AXES}
+
+
+def _lengths(rows: Sequence[Row], baseline: Group | None) -> list[Lengths]:
+    """Put the best rows of each optimizer and length together, where there are several lengths."""
+    found: dict[str, list[Row]] = {}
+    for row in reversed(best_by_length(rows)):  # by increasing length
+        found.setdefault(row.group.optimizer, []).append(row)
+    return [
+        Lengths(
+            optimizer,
+            each,
+            None
+            if baseline is None or optimizer == baseline.optimizer
+            else _speed_up_of_schedules([row.group for row in each], baseline),
+        )
+        for optimizer, each in reversed(found.items())
+        if len(each) > 1
+    ]
+
+
+def _speed_up_of_schedules(groups: Sequence[Group], baseline: Group) -> SpeedUp | None:
+    """See `Lengths.speed_up`; groups by increasing length."""
+    runs = [group.complete for group in groups]
+    shared = set(baseline.complete).intersection(*runs)
+    pairs = []
+    for seed in sorted(shared):
+        end = baseline.complete[seed].curve[-1]
+        ends = [each[seed].curve[-1] for each in runs]
+        logarithm = cost_to_reach(
+            end["val/loss"],
+            [each["val/loss"] for each in ends],
+            [math.log(each["tokens"]) for each in ends],
+        )
+        shortest_is_enough = ends[0]["val/loss"] <= end["val/loss"]
+        tokens = Cost(math.exp(logarithm.value), logarithm.censored)
+        # a shorter one might have been enough, too: as if the baseline had not reached its own loss
+        pairs.append((Cost(end["tokens"], censored=shortest_is_enough), tokens))
+    return speed_up(pairs) if pairs else None
 
 
 def _mean(group: Group, value: Callable[[Run], float]) -> float:

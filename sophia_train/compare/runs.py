@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from sophia_train import checkpoint
@@ -44,7 +44,9 @@ class Run:
         total_steps: length of its schedule.
         compared_step: where it is compared: the end of its schedule, or an earlier step that was asked for.
         curve: its evaluations in order: `step`, `tokens`, `seconds`, `flops`, and `val/loss` in nats a token,
-            which may be NaN.
+            which may be NaN. Seconds are of steady training, by the medians of what was logged: start-up,
+            compilation, evaluations and interruptions are not in them. Where no speed was logged, they are
+            those of the run's clock.
         unclipped_fraction: mean over the logged steps, the win rate; NaN if it was not logged.
         hessian_share: mean share of the time that went into Hessian passes; NaN if it was not logged.
         fingerprints: of the training and the validation tokens, from the newest checkpoint; empty if there
@@ -126,6 +128,9 @@ def read_run(path: Path, at_step: int | None = None) -> Run:
     curve = [
         {key: float(record[key]) for key in (*AXES, "val/loss")} for record in records if "val/loss" in record
     ]
+    seconds = _seconds_per_token(records)
+    if seconds is not None:
+        curve = [{**point, "seconds": point["tokens"] * seconds} for point in curve]
     if not curve and at_step is not None:
         raise ConfigError(f"{path} was not evaluated up to --at-step {at_step}; choose a higher one")
     if not curve:
@@ -236,6 +241,22 @@ def _parameters(settings: Mapping[str, Any]) -> int:
     C, bias = model.n_embd, model.bias
     block = 12 * C * C + 2 * C + 11 * C * bias  # attention 4 C^2, MLP 8 C^2, two norms; their biases
     return model.n_layer * block + (model.padded_vocab_size + model.block_size + 1 + bias) * C
+
+
+def _seconds_per_token(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Add the medians of what passes for training and for the Hessian take; None if no speed was logged.
+
+    Not every logged stretch has a refresh of the Hessian: those that have count by their number.
+    """
+    training, hessian = [], []
+    for record in records:
+        speed, share = (record.get(key, 0.0) for key in ("perf/tokens_per_second", "perf/hessian_share"))
+        if is_number(speed) and is_number(share) and 0 < speed < math.inf and 0 <= share < 1:
+            training.append((1 - share) / speed)
+            hessian += [share / speed] * (share > 0)
+    if not training:
+        return None
+    return median(training) + (median(hessian) * len(hessian) / len(training) if hessian else 0.0)
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -79,8 +79,8 @@ def draw_speed_ups_by_size(name: str, report: Report) -> Drawing:
     axes.set_title(f"speed-up by size{report.until}")
     _dress(axes, report, [claim.parameters for claim in claims])
     caption = (
-        "Tokens of each size's baseline over those of the best group of each optimizer, to the baseline's "
-        "loss; < and > are bounds."
+        "Tokens of each size's baseline over those of the best group of each optimizer, on the way to the "
+        "baseline's final loss; < and > are bounds."
     )
     return finish(axes, name, "sizes", caption + report.remark)
 

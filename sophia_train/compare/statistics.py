@@ -161,26 +161,28 @@ def cost_to_reach(target: float, losses: Sequence[float], costs: Sequence[float]
     return Cost(costs[-1], censored=True)
 
 
-def speed_up(baseline: Cost, ours: Sequence[Cost]) -> SpeedUp:
+def speed_up(pairs: Sequence[tuple[Cost, Cost]]) -> SpeedUp:
     """Compare costs: the geometric mean of `baseline / ours`, with Student's interval of its logarithm.
 
     A run of ours that never reached the target would have cost more, so that the mean over all is below the
     number found with what it did cost; the same from above for the baseline. Nothing is left out.
 
     Args:
-        baseline: one cost, taken as exact.
-        ours: of each run; that of a run censored at its start, 0, bounds nothing.
+        pairs: for each run the baseline's cost and ours, to the same target; one of ours that was censored at
+            its start, at 0, bounds nothing.
     """
-    if any(cost.value == 0 for cost in ours):
-        return SpeedUp("?", Interval(math.nan, math.nan, math.nan, len(ours)))
-    logarithm = t_interval([math.log(baseline.value / cost.value) for cost in ours])
+    if any(0 in (baseline.value, ours.value) for baseline, ours in pairs):
+        return SpeedUp("?", Interval(math.nan, math.nan, math.nan, len(pairs)))
+    logarithm = t_interval([math.log(baseline.value / ours.value) for baseline, ours in pairs])
     mean, low, high = (math.exp(value) for value in (logarithm.mean, logarithm.low, logarithm.high))
-    if not baseline.censored and not any(cost.censored for cost in ours):
+    theirs_censored = any(baseline.censored for baseline, _ in pairs)
+    ours_censored = any(ours.censored for _, ours in pairs)
+    if not theirs_censored and not ours_censored:
         return SpeedUp("=", Interval(mean, low, high, logarithm.n))
     bound = Interval(mean, math.nan, math.nan, logarithm.n)
-    if baseline.censored and any(cost.censored for cost in ours):
+    if theirs_censored and ours_censored:
         return SpeedUp("?", bound)
-    return SpeedUp(">" if baseline.censored else "<", bound)
+    return SpeedUp(">" if theirs_censored else "<", bound)
 
 
 def _mean_along(values: Any, axis: int) -> Any:

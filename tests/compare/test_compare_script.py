@@ -1,6 +1,7 @@
 """Comparing runs on the command line: grouping, the tables, and files that are not of a run."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from synthetic_runs import LOSSES, SOPHIA
 from sophia_train.compare.groups import group_runs, optimizer_name
 from sophia_train.compare.report import compare_groups
 from sophia_train.compare.runs import read_run
+from sophia_train.compare.statistics import t_interval
 from sophia_train.errors import ConfigError
 
 
@@ -24,28 +26,97 @@ def test_the_tables(compare, two_groups):
     code, out, _ = compare(*adamw, *sophia)
     assert code == 0
     final = cells(out, "Final validation loss")
-    assert final["AdamW"][:4] == ["3 of 3", "3.1000", "2.8516 to 3.3484", "baseline"]
-    assert final["Sophia GNB"][:2] == ["3 of 3", "2.9000"]
-    assert final["Sophia GNB"][3:5] == ["-0.2000", "-0.4484 to +0.0484, t, n = 3"]
-    # the target is 3.1; Sophia's curve is at 3.1 at step 75, the baseline's mean curve at step 100
-    speed = cells(out, "Speed-up to a loss of 3.1000")
-    assert speed["Sophia GNB"] == ["3 of 3", *["1.33 (1.33 to 1.33)"] * 4]
-    assert speed["AdamW"][:2] == ["2 of 3", "baseline"]
+    assert final["AdamW"][:5] == ["baseline", "-", "3.1000", "2.8516 to 3.3484", "3 of 3"]
+    assert final["Sophia GNB"][:3] == ["-0.2000", "-0.4484 to +0.0484", "2.9000"]
+    assert final["Sophia GNB"][4] == "3 of 3"
+    # by seed the targets are 3.0, 3.1, 3.2, where Sophia is at steps 87.5, 75, 66.7, the baseline at 100
+    speed = cells(out, "Speed-up on the way to the final loss of AdamW")
+    found = t_interval([math.log(100 / step) for step in (87.5, 75, 200 / 3)])
+    mean, low, high = (math.exp(value) for value in (found.mean, found.low, found.high))
+    assert speed["Sophia GNB"] == ["3 of 3", *[f"{mean:.2f} ({low:.2f} to {high:.2f})"] * 4]
+    assert speed["AdamW"][:2] == ["3 of 3", "baseline"]
     assert out.partition("## Unequal beyond")[2].split("\n\n")[2] == "Nothing."
+
+
+def lengths(make_run, ends, **settings):
+    """Runs of 50 and of 100 steps, by their final losses for each seed."""
+    folders = []
+    for steps, losses in ends.items():
+        for seed, loss in enumerate(losses, 1):
+            curve = {"max_steps": steps, "interval": steps, "losses": (5.0, loss)}
+            name = f"{'s' if settings else 'a'}{steps}_{seed}"
+            folders.append(make_run(name, seed=seed, **curve, **settings))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("half", "words"),
+    [
+        ((3.1, 3.2, 3.35), "does not match"),
+        ((2.9, 3.0, 3.15), "wins"),
+        ((2.98, 3.12, 3.21), "no difference shown with 0.50 of the steps; one of 0.0"),
+    ],
+)
+def test_half_the_steps_are_said_in_the_same_breath(half, words, compare, make_run):
+    adamw = lengths(make_run, {100: (3.0, 3.1, 3.2)})
+    _, out, _ = compare(*adamw, *lengths(make_run, {50: half}, **SOPHIA))
+    (verdict,) = [line for line in out.splitlines() if line.startswith("- **Sophia GNB 50 steps**")]
+    assert words in verdict and "of the steps" in verdict and "AdamW 100 steps" in verdict
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        # on the line between 50 steps and 100, loss against log tokens: at 100 / 2 ** 0.5
+        ({50: (3.1, 3.2, 3.3), 100: (2.9, 3.0, 3.1)}, "1.41 (1.41 to 1.41)"),
+        ({50: (3.3, 3.4, 3.5), 100: (3.1, 3.2, 3.3)}, "< 1.00"),
+        ({50: (2.9, 3.0, 3.1), 100: (2.8, 2.9, 3.0)}, "> 2.00"),
+        ({50: (2.9, 3.2, 3.3), 100: (2.8, 3.2, 3.3)}, "-"),  # bounds of both sides
+    ],
+)
+def test_the_speed_up_by_ends_of_schedules(ends, expected, compare, make_run):
+    adamw = lengths(make_run, {50: (3.4, 3.5, 3.6), 100: (3.0, 3.1, 3.2)})
+    _, out, _ = compare(*adamw, *lengths(make_run, ends, **SOPHIA), "--baseline", adamw[-1])
+    rows = cells(out, "Length of the schedule")
+    assert rows["AdamW"] == ["-", "50: 3.5000, 100: 3.1000"]
+    assert rows["Sophia GNB"][0] == expected
+    assert (f"by the ends of its schedules: {expected}." in out) == (expected != "-")
+
+
+def test_settings_of_one_optimizer_are_compared_with_its_first(compare, make_run):
+    adamw = [make_run(f"a{s}", seed=s) for s in (1, 2)]
+    sophia = [make_run(f"s{s}", seed=s, losses=(5.0, 3.3), interval=100, **SOPHIA) for s in (1, 2)]
+    other = {**SOPHIA, "gamma": {"_target_": "sophia_train.optim.gamma.GammaController"}}
+    sophia += [make_run(f"c{s}", seed=s, losses=(5.0, 3.2 + s / 20), interval=100, **other) for s in (1, 2)]
+    _, out, _ = compare(*adamw, *sophia)
+    ((label, row),) = cells(out, "Settings of one optimizer").items()
+    assert "GammaController" in label and row[0] == "-0.0250"
+
+
+def test_seconds_are_of_steady_training(make_run):
+    """Neither the start nor an interruption is in them; refreshes of the Hessian count by their number."""
+    folder = make_run("a")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [(1.0, 0.0), (64.0, 0.0), (64.0, 0.0), (32.0, 0.5)]  # tokens/s, and the Hessian's share
+    for record, (speed, share) in zip(records[1:], logged, strict=True):
+        record |= {"perf/tokens_per_second": speed, "perf/hessian_share": share, "seconds": 1e4}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    tokens = read_run(folder).curve[-1]["tokens"]
+    assert read_run(folder).curve[-1]["seconds"] == pytest.approx(tokens * (1 / 64 + 1 / 64 / 4))
 
 
 def test_another_baseline_and_runs_that_never_get_there(compare, two_groups):
     adamw, sophia = two_groups
     code, out, _ = compare(*adamw, *sophia, "--baseline", sophia[1])
     assert code == 0
-    assert cells(out, "Final")["AdamW"][3] == "+0.2000"
-    assert cells(out, "Speed-up to a loss of 2.9000")["AdamW"] == ["0 of 3", *["< 1.00"] * 4]
+    assert cells(out, "Final")["AdamW"][0] == "+0.2000"
+    assert cells(out, "Speed-up on the way")["AdamW"] == ["0 of 3", *["< 1.00"] * 4]
 
 
 def test_a_target_that_only_the_others_reach(compare, two_groups):
     adamw, sophia = two_groups
     _, out, _ = compare(*adamw, *sophia, "--target", "2.95")
-    assert cells(out, "Speed-up to a loss of 2.9500")["Sophia GNB"][1].startswith("> 1.")
+    assert cells(out, "Speed-up on the way to a loss of 2.9500")["Sophia GNB"][1].startswith("> 1.")
     code, _, err = compare(*adamw, "--target", "5.05")
     assert code == 64 and "lower --target" in err
     assert compare(*adamw, "--target", "0")[0] == 64
@@ -56,7 +127,7 @@ def test_a_cut_run_and_a_diverged_one_are_listed_and_not_in_the_means(compare, m
     folders.append(make_run("a3", seed=3, losses=(*LOSSES[:4], float("nan"))))
     code, out, _ = compare(*folders)
     assert code == 0
-    assert cells(out, "Final validation loss")["AdamW"][:3] == ["1 of 3", "3.0000", "-"]
+    assert cells(out, "Final validation loss")["AdamW"][2:5] == ["3.0000", "-", "1 of 3"]
     assert cells(out, "Speed-up")["AdamW"][0] == "1 of 3"
     assert "a2 (AdamW): cut at step 50 of 100, loss 3.5000 mid-schedule (stopped)" in out
     assert "a3 (AdamW): its final loss is not finite" in out
@@ -66,7 +137,7 @@ def test_a_run_that_has_just_begun_bounds_nothing(compare, make_run):
     code, out, _ = compare(make_run("a1"), make_run("s1", losses=LOSSES[:1], **SOPHIA))
     assert code == 0
     assert cells(out, "Speed-up")["Sophia GNB"] == ["0 of 1", "-", "-", "-", "-"]
-    assert cells(out, "Final")["Sophia GNB"][:4] == ["0 of 1", "-", "-", "-"]
+    assert cells(out, "Final")["Sophia GNB"][:5] == ["-", "-", "-", "-", "0 of 1"]
 
 
 def test_a_baseline_without_an_end_is_refused(compare, make_run):
@@ -83,7 +154,18 @@ def test_runs_are_grouped_by_all_but_seed_name_and_machine(make_run):
     groups = group_runs(read_run(folder) for folder in folders)
     assert [[run.path.name for run in group.runs] for group in groups] == [["a1", "a2"], ["faster"], ["half"]]
     labels = [group.label for group in groups]
-    assert labels == ["AdamW lr=0.001 steps=100", "AdamW lr=0.002 steps=100", "AdamW lr=0.001 steps=50"]
+    assert labels == ["AdamW 100 steps lr=0.001", "AdamW 100 steps lr=0.002", "AdamW 50 steps"]
+
+
+def test_groups_stand_by_optimizer_and_length_however_runs_are_given(make_run):
+    folders = [
+        make_run("a_half", max_steps=50, losses=LOSSES[:3]),
+        make_run("s", **SOPHIA),
+        make_run("a"),
+        make_run("s_half", max_steps=50, losses=LOSSES[:3], **SOPHIA),
+    ]
+    labels = [group.label for group in group_runs(map(read_run, folders))]
+    assert labels == ["AdamW 100 steps", "AdamW 50 steps", "Sophia GNB 100 steps", "Sophia GNB 50 steps"]
 
 
 def test_runs_on_other_tokens_are_another_group_and_moved_tokens_are_not(make_run):

@@ -11,6 +11,10 @@ import pytest
 from synthetic_runs import LOSSES, SOPHIA, write_study
 
 from sophia_train import durable
+from sophia_train.compare.groups import group_runs
+from sophia_train.compare.loss_figures import _look
+from sophia_train.compare.report import compare_groups
+from sophia_train.compare.runs import read_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -87,6 +91,7 @@ FIGURES = {f"loss_{axis}" for axis in ("step", "tokens", "seconds", "flops")} | 
     "win_rate",
     "overhead",
     "tuning",
+    "differences",
 }
 
 
@@ -198,8 +203,24 @@ def test_a_hundred_runs(compare, make_run, tmp_path):
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert page.tables == tables_of(out)
     assert len(page.tables[0]) == 35
-    legend = [text for text in page.texts_of("text") if text.startswith(("AdamW ", "Sophia "))]
-    assert set(legend) == {"AdamW lr=0.00043 (3 seeds)", "Sophia GNB lr=0.00043 (3 seeds)"}
+    named = [text for text in page.texts_of("text") if text.startswith(("AdamW ", "Sophia "))]
+    best = ["AdamW lr=0.00043", "Sophia GNB lr=0.00043"]
+    assert set(named) == {f"{label} (3 seeds)" for label in best} | {f"{label}: -0.0800" for label in best}
+
+
+def test_no_two_groups_have_the_same_line(make_run):
+    settings = [{**SOPHIA, "optimizer": {**SOPHIA["optimizer"], "lr": lr}} for lr in (1e-3, 2e-3, 3e-3)]
+    folders = [make_run(f"s{n}", **each) for n, each in enumerate(settings)]
+    folders += [make_run(f"h{n}", max_steps=50, losses=LOSSES[:3], **each) for n, each in enumerate(settings)]
+    folders += [make_run("a_half", max_steps=50, losses=LOSSES[:3]), make_run("a")]
+    groups = group_runs(map(read_run, folders))
+    rows = compare_groups(groups, groups[-1]).rows
+    looks = {row.group.label: (row.group.optimizer, *_look(row, rows).values()) for row in rows}
+    assert len(set(looks.values())) == len(rows) == 8
+    whole = [_look(row, rows)["linestyle"] for row in rows if row.group.label.endswith(" 100 steps")]
+    assert whole == ["-"]  # AdamW's; Sophia's are named for their rates, too
+    half = [_look(row, rows)["linestyle"] for row in rows if " 50 steps" in row.group.label]
+    assert "-" not in half
 
 
 def test_mid_schedule_is_said_everywhere(compare, two_groups, tmp_path):

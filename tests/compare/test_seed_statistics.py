@@ -142,24 +142,24 @@ def test_losses_that_are_not_finite_are_passed_over():
 
 
 def test_the_speed_up_is_a_geometric_mean():
-    found = speed_up(Cost(100, False), [Cost(50, False), Cost(200, False)])
+    found = speed_up([(Cost(100, False), Cost(50, False)), (Cost(100, False), Cost(200, False))])
     assert found.relation == "=" and found.interval.mean == pytest.approx(1.0)
     logs = t_interval([math.log(2), math.log(0.5)])
     assert (found.interval.low, found.interval.high) == pytest.approx(
         (math.exp(logs.low), math.exp(logs.high))
     )
-    assert math.isnan(speed_up(Cost(100, False), [Cost(50, False)]).interval.low)
+    assert math.isnan(speed_up([(Cost(100, False), Cost(50, False))]).interval.low)
 
 
 def test_censored_runs_give_a_bound_and_are_never_dropped():
     never = Cost(100, censored=True)
-    found = speed_up(Cost(100, False), [never])
+    found = speed_up([(Cost(100, False), never)])
     assert found.relation == "<" and found.interval.mean == 1.0 and math.isnan(found.interval.low)
-    some = speed_up(Cost(100, False), [Cost(25, False), never])
+    some = speed_up([(Cost(100, False), Cost(25, False)), (Cost(100, False), never)])
     assert some.relation == "<" and some.interval.mean == pytest.approx(2.0) and some.interval.n == 2
-    assert speed_up(never, [Cost(50, False)]).relation == ">"
-    assert speed_up(never, [Cost(50, True)]).relation == "?"
-    assert speed_up(Cost(100, False), [Cost(0, True)]).relation == "?"
+    assert speed_up([(never, Cost(50, False))]).relation == ">"
+    assert speed_up([(never, Cost(50, True))]).relation == "?"
+    assert speed_up([(Cost(100, False), Cost(0, True))]).relation == "?"
 
 
 def test_a_bound_bounds_what_longer_runs_would_have_shown():
@@ -167,7 +167,7 @@ def test_a_bound_bounds_what_longer_runs_would_have_shown():
     for _ in range(50):
         true = generator.lognormal(4.5, 0.5, 5)
         cut = [Cost(min(cost, 100.0), bool(cost > 100)) for cost in true]
-        found = speed_up(Cost(100, False), cut)
-        truth = speed_up(Cost(100, False), [Cost(cost, False) for cost in true]).interval.mean
+        found = speed_up([(Cost(100, False), cost) for cost in cut])
+        truth = speed_up([(Cost(100, False), Cost(cost, False)) for cost in true]).interval.mean
         assert truth <= found.interval.mean + 1e-12
         assert (found.relation == "=") == (not any(cost.censored for cost in cut))
