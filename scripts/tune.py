@@ -6,9 +6,9 @@
         -- data=token_files data.path=books model=gpt2_30m max_steps=1000
 
 What stands behind -- is the same for all runs, in the words of `python -m sophia_train`. Each trial is a run
-of its own, in STUDY/OPTIMIZER/trial_000. STUDY/OPTIMIZER/tuning.json says what was tried, what it cost, and
-what came out. Optuna chooses what to try: four trials at random, the same for each optimizer, then where the
-losses so far point to.
+of its own, in STUDY/OPTIMIZER/trial_000. STUDY/OPTIMIZER/tuning.json says what was to be spent, what was
+tried, what it cost, and what came out. The first four trials are spread over the space, one in each quarter
+of a range, and are the same for each optimizer; from then on Optuna goes where the losses so far point to.
 
 A space in front of which there is OPTIMIZER: holds for that one only, and instead of one for all. Ranges are
 LOW..HIGH, log:LOW..HIGH by factors, whole numbers if both ends are; anything else is a choice of values.
@@ -45,8 +45,9 @@ def main(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> None:
     options, overrides = _parse(arguments)
     try:
+        from sophia_train.tuning.record import Budget
         from sophia_train.tuning.space import parse_spaces
-        from sophia_train.tuning.study import Budget, OptimizerStudy, StudySettings, tune
+        from sophia_train.tuning.study import OptimizerStudy, StudySettings, tune
     except ImportError as error:
         raise UnavailableError("Optuna is not installed; run `pip install 'sophia_train[tune]'`") from error
 

@@ -4,15 +4,17 @@ import json
 import math
 import signal
 import sys
+from collections import Counter
 
 import pytest
 from log_pipe import strike
 from support import ENVIRONMENT, TINY, contents, load_script, result
 
+from sophia_train.compare.runs import read_run
 from sophia_train.compare.tuning import read_studies
 from sophia_train.errors import ConfigError
-from sophia_train.tuning.record import TUNING, trial_folder, write_trials
-from sophia_train.tuning.search import Trial, is_hopeless, propose
+from sophia_train.tuning.record import TUNING, Budget, trial_folder, write_trials
+from sophia_train.tuning.search import STARTUP_TRIALS, Trial, is_hopeless, propose
 from sophia_train.tuning.space import override, parameters, parse_spaces
 from sophia_train.tuning.study import OptimizerStudy, StudySettings
 
@@ -76,6 +78,8 @@ class TestStudy:
                 assert entry["loss"] == run["validation_loss"]
                 assert entry["flops"] == run["state"]["flops"]
             assert each["flops"] == sum(entry["flops"] for entry in each["history"])
+            assert each["budget"] == {"trials": 2, "flops": None}
+            assert each["trial_flops"] == pytest.approx(each["flops"] / 2, rel=0.1)
             best = min(each["history"], key=lambda entry: entry["loss"])
             assert each["best"]["loss"] == best["loss"] and each["best"]["overrides"] == best["overrides"]
             assert each["best"]["run"] == f"trial_{best['trial']:03d}"
@@ -87,18 +91,27 @@ class TestStudy:
         assert tune("--trials", "2") == 0  # nothing is left to do
         assert contents(out) == before
         assert tune("--trials", "3", "--seconds", "1e-6") == 75  # there is, and no time for it
-        assert {name: record(out, name) for name in found} == found
+        wanted = {"trials": 3, "flops": None}
+        assert {name: record(out, name) for name in found} == {
+            name: {**each, "budget": wanted} for name, each in found.items()
+        }
+        assert tune("--trials", "1") == 0  # less than was spent is no budget of this search
+        assert [record(out, name)["budget"] for name in found] == [wanted] * 2
 
         # Half as much again as Sophia's two: one more of each, since AdamW's are cheaper, but not by so much.
         flops = 1.5 * found["sophia_g"]["flops"]
         assert tune("--flops", str(flops), "--discard-weights") == 0
         assert [record(out, name)["trials"] for name in found] == [3, 3]
         assert all(record(out, name)["flops"] <= flops for name in found)
+        assert [record(out, name)["budget"] for name in found] == [{"trials": None, "flops": flops}] * 2
         assert not list((out / "adamw" / "trial_002").rglob("*.safetensors"))
-        assert [(study.path.name, study.trials) for study in read_studies(out)] == [
-            ("adamw", 3),
-            ("sophia_g", 3),
-        ]
+        assert read_run(out / "adamw" / "trial_002").fingerprints  # by which its data are compared
+        for study, name in zip(read_studies(out), found, strict=True):
+            assert (study.path.name, study.trials, study.budget_flops) == (name, 3, flops)
+            assert study.effort == ("FLOPs", flops, 0)
+            best = read_run(out / name / record(out, name)["best"]["run"])
+            assert not study.departures(best) and not study.differences(best)
+            assert len(set(study.tried["optimizer.lr"])) == 3
 
     def test_stopped_and_killed_and_begun_again_is_the_same_record(self, tune, out, settings, tmp_path):
         long = ["max_steps=400", "eval_interval=100", "save_interval=1000", "tracker=console"]
@@ -127,7 +140,7 @@ class TestStudy:
             lines = [json.dumps({"step": step, "val/loss": loss}) for step, loss in each.curve.items()]
             tokens = ', "tokens": 0, "flops": 0.0, "seconds": 0.0}\n'
             (folder / "metrics.jsonl").write_text("".join(line[:-1] + tokens for line in lines))
-        write_trials(study.folder, "adamw", study.identity, good)
+        write_trials(study.folder, "adamw", study.identity, good, Budget(trials=4), study.trial_flops)
         assert tune("--trials", "5", spaces=[LR], optimizers="adamw", overrides=long) == 0
         found = record(out, "adamw")
         last, run = found["history"][-1], result(trial_folder(study.folder, 4))
@@ -197,6 +210,106 @@ class TestSearch:
                 "schedule.warmup_steps=100",
                 "schedule.warmup_steps=200",
             )
+
+
+def share(value, distribution):
+    """Where a value is in its range: 0 is its low end and 1 its high one."""
+    scale = math.log if distribution.log else float
+    low, high = scale(distribution.low), scale(distribution.high)
+    return (scale(value) - low) / (high - low)
+
+
+class TestFirstTrials:
+    SPACE = parse_spaces(
+        [
+            LR,
+            "optimizer.weight_decay=0.0..0.3",
+            "schedule.warmup_steps=50..2000",
+            "hessian.interval=log:1..1000",
+            "hessian.groups=1,2",
+            "model.n_layer=2,4,6",
+            "model.n_head=1,2,4,8",
+            "model.n_embd=64,128,192,256,320",
+            "batch_size=2..4",
+        ],
+        ["adamw"],
+    )["adamw"]
+    SEEDS = range(200)
+
+    def first(self, space, seed, loss=lambda number: 3.0):
+        """The tuned values of the first trials, by key."""
+        trials = []
+        for number in range(STARTUP_TRIALS):
+            overrides = propose(space, trials, seed)
+            trials.append(Trial(overrides=overrides, loss=loss(number), flops=1, seconds=1, state="complete"))
+        values = [parameters(each.overrides, space) for each in trials]
+        return {key: [each[key] for each in values] for key in space}
+
+    @pytest.mark.parametrize(
+        "key, slack",
+        [
+            ("optimizer.lr", 1e-3),  # values are rounded
+            ("optimizer.weight_decay", 1e-3),
+            ("schedule.warmup_steps", 1e-3),
+            ("hessian.interval", 0.26),  # where there are few whole numbers
+        ],
+    )
+    def test_each_quarter_of_a_range_has_one(self, key, slack):
+        for seed in self.SEEDS:
+            shares = sorted(share(value, self.SPACE[key]) for value in self.first(self.SPACE, seed)[key])
+            for quarter, each in enumerate(shares):
+                assert quarter / 4 - slack <= each <= (quarter + 1) / 4 + slack
+
+    def test_the_highest_learning_rates_are_tried_whatever_the_seed(self):
+        highest = [max(self.first(self.SPACE, seed)["optimizer.lr"]) for seed in self.SEEDS]
+        assert min(highest) > 1e-4 * 50**0.75 * 0.999
+        assert max(highest) > 0.95 * 5e-3
+
+    @pytest.mark.parametrize(
+        "key", ["hessian.groups", "model.n_layer", "model.n_head", "model.n_embd", "batch_size"]
+    )
+    def test_choices_are_as_even_as_can_be(self, key):
+        choices = getattr(self.SPACE[key], "choices", (2, 3, 4))
+        fair = STARTUP_TRIALS / len(choices)
+        total = Counter()
+        for seed in self.SEEDS:
+            counts = Counter(self.first(self.SPACE, seed)[key])
+            assert {counts[choice] for choice in choices} <= {math.floor(fair), math.ceil(fair)}
+            total += counts
+        assert all(abs(total[choice] / len(self.SEEDS) - fair) < 0.2 for choice in choices)
+
+    def test_settings_are_spread_independently(self):
+        """Every order of one beside that of another, and every offset."""
+        pairs = Counter()
+        for seed in self.SEEDS:
+            values = self.first(self.SPACE, seed)
+            orders = [sorted(range(4), key=values[key].__getitem__) for key in list(self.SPACE)[:2]]
+            pairs[orders[0].index(3), orders[1].index(3)] += 1
+        assert len(pairs) == 16 and max(pairs.values()) < 30
+
+    def test_they_come_from_seed_key_and_number_alone(self):
+        for seed in range(20):
+            expected = self.first(self.SPACE, seed)
+            assert self.first(self.SPACE, seed, loss=lambda number: math.inf if number else 1.0) == expected
+            backwards = dict(reversed(self.SPACE.items()))
+            assert self.first(backwards, seed) == expected
+            for key, distribution in self.SPACE.items():
+                assert self.first({key: distribution}, seed) == {key: expected[key]}
+        assert len({tuple(self.first(self.SPACE, seed)["optimizer.lr"]) for seed in self.SEEDS}) == 200
+
+    def test_another_range_of_the_same_setting_has_the_same_places(self):
+        wide = parse_spaces(["optimizer.lr=log:1e-5..1e-1"], ["lion"])["lion"]
+        for seed in range(20):
+            first, second = (self.first(space, seed)["optimizer.lr"] for space in (self.SPACE, wide))
+            places = [share(value, self.SPACE["optimizer.lr"]) for value in first]
+            assert [share(value, wide["optimizer.lr"]) for value in second] == pytest.approx(places, abs=1e-3)
+
+    def test_trials_that_were_drawn_otherwise_stay_and_the_rest_is_as_ever(self):
+        mine = parse_spaces([LR], ["adamw"])["adamw"]
+        expected = [f"optimizer.lr={value}" for value in self.first(mine, 5)["optimizer.lr"]]
+        old = [trial(1, 3.0), trial(2, 3.1)]
+        assert propose(mine, old, 5) == [expected[2]]
+        assert propose(mine, [*old, trial(3, 3.0)], 5) == [expected[3]]
 
 
 class TestPruning:
@@ -326,7 +439,8 @@ class TestBadInput:
     )
     def test_a_folder_of_another_study(self, change, fragment, tune, out, settings, capfd):
         study = adamw_study(out, settings)
-        write_trials(study.folder, "adamw", study.identity, [trial(1, 2.5)])
+        budget = Budget(trials=1)
+        write_trials(study.folder, "adamw", study.identity, [trial(1, 2.5)], budget, study.trial_flops)
         study.settings.write()
         before = contents(out)
         usual = {"spaces": [LR], "optimizers": "adamw"}
@@ -335,6 +449,18 @@ class TestBadInput:
         err = capfd.readouterr().err
         assert fragment in err and "--out" in err
         assert contents(out) == {**before, str(out / ".lock"): b""}
+
+    def test_a_record_without_a_budget_is_gone_on_with(self, tune, out, settings):
+        study = adamw_study(out, settings)
+        write_trials(study.folder, "adamw", study.identity, [trial(1, 2.5)], None, study.trial_flops)
+        old = {
+            key: value for key, value in record(out, "adamw").items() if key not in ("budget", "trial_flops")
+        }
+        (study.folder / TUNING).write_text(json.dumps(old))
+        assert adamw_study(out, settings).trials == [trial(1, 2.5)]
+        assert tune("--trials", "1", spaces=[LR], optimizers="adamw") == 0
+        budget = {"trials": 1, "flops": None}
+        assert record(out, "adamw") == {**old, "budget": budget, "trial_flops": study.trial_flops}
 
     @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"history": [1]}'])
     def test_a_damaged_record(self, content, tune, out, capfd):

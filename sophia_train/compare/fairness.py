@@ -1,7 +1,8 @@
 """What is unequal between groups of runs, beyond the optimizer and its rates."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sophia_train.compare.groups import Group
@@ -9,6 +10,7 @@ from sophia_train.compare.runs import SPEED, Run, is_compared
 from sophia_train.compare.tuning import Study, studies_of
 
 UNKNOWN = "unknown: no checkpoint"
+NOT_RECORDED, NOT_FOUND = "not recorded", "none: not what its tuning found"
 
 WORDS = {
     "batch_size": "batch, sequences",
@@ -25,13 +27,18 @@ NEVER_DECAYED = {"embeddings", "head", "norms", "biases", "vectors"}
 """Kinds of parameters that no optimizer decays here."""
 
 
+Tuning = Mapping[str, Sequence[tuple[Study, Run]]]
+"""The studies of each group, by its label, and a run of the group with each of them."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is not the same for all runs.
 
     Attributes:
         what: names it.
-        values: what each group has, by its label; several where its runs differ.
+        values: what each group has, by its label; several where its runs differ, and no label where there is
+            nothing to say of it.
     """
 
     what: str
@@ -115,16 +122,95 @@ def _seeds(groups: Iterable[Group]) -> list[Finding]:
 
 
 def _tuning(groups: Iterable[Group], studies: Sequence[Study]) -> list[Finding]:
-    """Compare what was spent on finding the settings of each group; nothing on record is no agreement."""
+    """Compare how the settings of each group were found; what is not on record is no agreement."""
     if not studies:
         return []
-    budgets = {
-        group.label: [study.budget for study in studies_of(group, studies)] or ["not recorded"]
-        for group in groups
+    tuning = {
+        group.label: [(study, group.runs[0]) for study in studies_of(group, studies)] for group in groups
     }
-    trials = {label: sorted({budget.partition(",")[0] for budget in each}) for label, each in budgets.items()}
-    found = {trial for each in trials.values() for trial in each}
-    return [Finding("tuning budget", budgets)] if len(found) > 1 else []
+    findings = [
+        Finding("tuning", _say(tuning, _departures)),
+        *_budgets(tuning),
+        *_spaces(tuning),
+        Finding("tuning with other settings than the runs have", _say(tuning, _differences)),
+        Finding("best of tuning at an edge of what was tried", _say(tuning, _edges)),
+    ]
+    return [finding for finding in findings if finding.values]
+
+
+def _budgets(tuning: Tuning) -> Iterator[Finding]:
+    """Compare what was spent on finding the settings of each group."""
+    paid = {
+        label: [study for study, run in each if not any(_departures(study, run))]
+        for label, each in tuning.items()
+    }
+    words = {
+        label: sorted({study.budget for study in each}) or [NOT_FOUND if tuning[label] else NOT_RECORDED]
+        for label, each in paid.items()
+    }
+    found = [study for each in paid.values() for study in each]
+    if len({study.effort for study in found}) > 1 or not all(paid.values()):
+        yield Finding("tuning budget", words)
+    elif len({study.trials for study in found}) > 1:
+        yield Finding("trials within the same budget", words)
+
+
+def _spaces(tuning: Tuning) -> Iterator[Finding]:
+    """Compare what was tuned, and between which values.
+
+    Other values of the same setting are said and not judged: optimizers differ in what suits them.
+    """
+    spaces = [study.space for each in tuning.values() for study, _ in each if study.space]
+    if len({len(space) for space in spaces}) > 1:
+        yield Finding("number of tuned settings", _say(tuning, _tuned))
+    for key in dict.fromkeys(key for space in spaces for key in space):
+        if len({space[key] for space in spaces if key in space}) > 1:
+            yield Finding(f"tuning searched {key} in", _say(tuning, partial(_searched, key)))
+
+
+def _say(tuning: Tuning, words: Callable[[Study, Run], Iterable[str]]) -> dict[str, list[str]]:
+    """Collect what there is to say of each group; a group of which there is nothing is left out."""
+    said = {
+        label: sorted({text for study, run in each for text in words(study, run)})
+        for label, each in tuning.items()
+    }
+    return {label: texts for label, texts in said.items() if texts}
+
+
+def _departures(study: Study, run: Run) -> Iterator[str]:
+    """Say where a run has not what tuning found."""
+    if study.best_run is None:
+        yield "its tuning found nothing: no trial came to its end"
+    elif departures := study.departures(run):
+        mine = " and ".join(f"{key}={value}" for key, (value, _) in departures.items())
+        best = " and ".join(str(value) for _, value in departures.values())
+        yield f"ran with {mine}, its tuning found {best}"
+
+
+def _differences(study: Study, run: Run) -> Iterator[str]:
+    """Say where the trials had not what a run has, the tuned settings aside."""
+    for key, (value, trials) in study.differences(run).items():
+        yield f"{key}={trials} (runs: {value})"
+
+
+def _edges(study: Study, run: Run) -> Iterator[str]:
+    """Say which of the best values have nothing that was tried beyond them; a higher one may be better."""
+    for key, tried in study.tried.items():
+        for name, end in (("lowest", min), ("highest", max)):
+            if key in study.best and study.best[key] == end(tried, default=None):
+                yield f"{key}={study.best[key]} is the {name} that was tried of {study.space[key]}"
+
+
+def _tuned(study: Study, run: Run) -> Iterator[str]:
+    """Say how many settings were tuned, and which."""
+    if study.space:
+        yield f"{len(study.space)}: {', '.join(study.space)}"
+
+
+def _searched(key: str, study: Study, run: Run) -> Iterator[str]:
+    """Say between which values a setting was tuned."""
+    if key in study.space:
+        yield study.space[key]
 
 
 def _mid_schedule(groups: Iterable[Group]) -> list[Finding]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,21 @@ from sophia_train.tuning.search import Trial
 
 STUDY, TUNING = "study.json", "tuning.json"
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each optimizer may spend: trials or FLOPs, one of them."""
+
+    trials: int | None = None
+    flops: float | None = None
+
+    def covers(self, trials: int, flops: float) -> bool:
+        """Whether it is enough for so many trials, which spent so much."""
+        if self.trials is not None:
+            return trials <= self.trials
+        assert self.flops is not None
+        return flops <= self.flops
 
 
 def check_identity(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,25 +61,36 @@ def check_identity(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def read_trials(folder: Path, identity: Mapping[str, Any]) -> list[Trial]:
+def read_trials(folder: Path, identity: Mapping[str, Any]) -> tuple[list[Trial], Budget | None]:
     """Read the trials of one optimizer, none if there is no record; their curves are in their run folders.
+
+    Returns:
+        The trials, and the budget that they are of; None if the record is of a time when it had none.
 
     Raises:
         ConfigError: the record is of another search.
         DataError: it is damaged.
     """
-    history = check_identity(folder / TUNING, identity).get("history", [])
+    record = check_identity(folder / TUNING, identity)
     try:
-        return [_trial(folder, entry) for entry in history]
+        budget = Budget(**record["budget"]) if record.get("budget") is not None else None
+        return [_trial(folder, entry) for entry in record.get("history", [])], budget
     except (TypeError, KeyError) as error:
         raise DataError(f"{folder / TUNING} is damaged; restore it, or choose another --out") from error
 
 
-def write_trials(folder: Path, optimizer: str, identity: Mapping[str, Any], trials: Sequence[Trial]) -> None:
+def write_trials(
+    folder: Path,
+    optimizer: str,
+    identity: Mapping[str, Any],
+    trials: Sequence[Trial],
+    budget: Budget | None,
+    trial_flops: float,
+) -> None:
     """Write the record of one optimizer.
 
     A loss that is not finite, that of a diverged trial, is null. FLOPs are those of all trials, however they
-    ended.
+    ended; `trial_flops` are those of a whole one, as planned, by which a budget of FLOPs is spent or not.
     """
     history = [
         {
@@ -88,6 +115,8 @@ def write_trials(folder: Path, optimizer: str, identity: Mapping[str, Any], tria
             **identity,
             "trials": len(trials),
             "flops": sum(trial.flops for trial in trials),
+            "budget": None if budget is None else asdict(budget),
+            "trial_flops": trial_flops,
             "best": best,
             "history": history,
         },

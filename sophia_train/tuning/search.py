@@ -1,7 +1,7 @@
-"""What to try next, and what to give up: both pure functions of the trials so far, by Optuna.
+"""What to try next, and what to give up: both pure functions of the trials so far.
 
-Nothing but the trials goes in, so a search that was interrupted goes on as if it had not been, and needs no
-storage of its own.
+The first trials are spread over the space; from then on Optuna chooses. Nothing but the trials goes in, so a
+search that was interrupted goes on as if it had not been, and needs no storage of its own.
 """
 
 import math
@@ -13,12 +13,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from sophia_train.seeds import derive
-from sophia_train.tuning.space import Space, override, parameters
+from sophia_train.tuning.space import Space, override, parameters, value_at
 
 State = Literal["complete", "pruned", "failed"]
 
 STARTUP_TRIALS = 4
-"""Trials that are drawn at random, and that have to be there before one is given up."""
+"""Trials that are spread over the space, and that have to be there before one is given up."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -45,13 +45,19 @@ class Trial:
 
 
 def propose(space: Space, trials: Sequence[Trial], seed: int) -> list[str]:
-    """Draw the settings of the next trial: at random first, then by tree-structured Parzen estimators.
+    """Draw the settings of the next trial: a Latin hypercube first, then tree-structured Parzen estimators.
 
-    The first trials of two optimizers have the same values, or the same share of a range, in the settings
-    that both spaces begin with: these come from the seed and the trial's number alone.
+    The first `STARTUP_TRIALS` have one trial in each quarter of every range, and choices as evenly as they
+    can be had. They come from the seed, the key of each setting and the trial's number alone: those of two
+    optimizers have the same values in the settings that they share, or the same place in another range.
 
-    Source: Bergstra et al., NeurIPS 2011; Optuna's `TPESampler`.
+    Source: McKay et al., Technometrics 1979; Bergstra et al., NeurIPS 2011, as Optuna's `TPESampler`.
     """
+    if len(trials) < STARTUP_TRIALS:
+        return [
+            override(key, value_at(distribution, _place(key, len(trials), seed)), distribution)
+            for key, distribution in space.items()
+        ]
     sampler = optuna.samplers.TPESampler(
         n_startup_trials=STARTUP_TRIALS, seed=derive(seed, "tuning", len(trials)) % 2**32
     )
@@ -84,6 +90,17 @@ def is_hopeless(
         if trial.should_prune():
             return True
     return False
+
+
+def _place(key: str, number: int, seed: int) -> float:
+    """Choose where in its distribution a setting is in one of the first trials, in [0, 1).
+
+    Trial n of N is at (s(n) + u) / N: the permutation s and the offset u, in [0, 1), are the setting's own.
+    That the offset is one for all n is what spreads a choice of few values evenly, too.
+    """
+    strata = sorted(range(STARTUP_TRIALS), key=lambda trial: derive(seed, "tuning", key, trial))
+    offset = derive(seed, "tuning", key) % 2**32 / 2**32
+    return (strata[number] + offset) / STARTUP_TRIALS
 
 
 def _study(space: Space, trials: Sequence[Trial], **options: Any) -> optuna.Study:

@@ -5,6 +5,7 @@ schedule.warmup_steps=50,100,200         one of these
 sophia_g:optimizer.gamma=0.005..0.05     for this optimizer only, or for it instead of what holds for all
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -70,6 +71,17 @@ def parameters(overrides: Sequence[str], space: Space) -> dict[str, object]:
     kinds: dict[type[BaseDistribution], type] = {FloatDistribution: float, IntDistribution: int}
     pairs = (text.split("=", 1) for text in overrides)
     return {key: kinds.get(type(space[key]), str)(text) for key, text in pairs}
+
+
+def value_at(distribution: BaseDistribution, place: float) -> object:
+    """The value at a place of a distribution: 0 is its lower end or first choice, 1 just beyond the last."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(place * len(distribution.choices))]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    whole = isinstance(distribution, IntDistribution)
+    low, end = distribution.low, distribution.high + whole  # a whole number has what is up to the next one
+    value = low * (end / low) ** place if distribution.log else low + place * (end - low)
+    return min(math.floor(value), distribution.high) if whole else value
 
 
 def ends(distribution: BaseDistribution) -> tuple[object, ...]:

@@ -24,6 +24,7 @@ from sophia_train.state import may_change
 from sophia_train.tuning.record import (
     FORMAT_VERSION,
     STUDY,
+    Budget,
     best_of,
     check_identity,
     read_trials,
@@ -35,14 +36,6 @@ from sophia_train.tuning.space import Space, describe, ends, override
 
 OURS = ("name", "run_dir", "optimizer", "resume")
 """Settings that each trial has its own of."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What each optimizer may spend: trials or FLOPs, one of them."""
-
-    trials: int | None = None
-    flops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +107,7 @@ class OptimizerStudy:
             "run_seed": self.config.seed,
             "space": {key: describe(distribution) for key, distribution in space.items()},
         }
-        self.trials = read_trials(self.folder, self.identity)
+        self.trials, self.budget = read_trials(self.folder, self.identity)
 
     @cached_property
     def trial_flops(self) -> float:
@@ -131,6 +124,13 @@ class OptimizerStudy:
         """The trial with the lowest loss at its end, if one has come to its end."""
         number = best_of(self.trials)
         return None if number is None else self.trials[number]
+
+    def take_budget(self, budget: Budget) -> None:
+        """Put a budget on record; one that is below what was spent already changes nothing."""
+        if budget != self.budget and budget.covers(len(self.trials), self.flops):
+            self.budget = budget
+            if self.trials:
+                self._write()
 
     def has_budget(self, budget: Budget) -> bool:
         """Whether another whole trial fits into the budget."""
@@ -169,9 +169,12 @@ class OptimizerStudy:
                 curve=result.curve,
             )
         )
-        write_trials(self.folder, self.optimizer, self.identity, self.trials)
+        self._write()
         if not self.settings.keep_weights:
             discard_weights(folder)
+
+    def _write(self) -> None:
+        write_trials(self.folder, self.optimizer, self.identity, self.trials, self.budget, self.trial_flops)
 
     def _run(self, folder: Path, overrides: Sequence[str], processes: Processes, deadline: float) -> State:
         """Run a trial until it ends or is given up; returns which it was."""
@@ -223,6 +226,8 @@ def tune(studies: Sequence[OptimizerStudy], budget: Budget, seconds: float | Non
         RunError: a run failed, other than by diverging.
     """
     deadline = math.inf if seconds is None else time.monotonic() + seconds
+    for study in studies:
+        study.take_budget(budget)
     with Processes() as processes:
         while unspent := [study for study in studies if study.has_budget(budget)]:
             by_trials = budget.trials is not None
