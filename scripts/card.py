@@ -3,8 +3,9 @@
     python scripts/card.py RUN...
 
 A run writes `card.md` itself when it is finished; this is for runs that were interrupted, or are older. All
-of it is from the run's folder, and what that does not hold is left out: so are the losses of the unigram and
-the bigram model, which need the data. Draws `loss.png`, too, where it is missing or older than the metrics.
+of it is from the run's folder, and what that does not hold is left out: the losses of the unigram and the
+bigram model are there if the run was finished. Draws `loss.png`, too, where it is missing or older than the
+metrics.
 """
 
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sophia_train.command_line import Parser
-from sophia_train.compare.card import CURVE, write_card
+from sophia_train.compare.card import CURVE, read_baselines, write_card
 from sophia_train.compare.curves import plot_run
 from sophia_train.config import compose, run_config, to_json
 from sophia_train.errors import exit_code_of
@@ -32,7 +33,7 @@ def _run(arguments: Sequence[str]) -> None:
     defaults = to_json(run_config(compose()))
     for run in runs:
         if _lacks_curve(run):
-            plot_run(run)
+            plot_run(run, read_baselines(run))
         sys.stdout.write(f"{write_card(run, defaults=defaults)}\n")
 
 

@@ -3,8 +3,9 @@
     python scripts/dashboard.py [--project NAME] [--entity NAME] [--spec FILE]
 
 Loss against steps, tokens, seconds and FLOPs, what the Hessian does and costs, the update and the speed; runs
-that differ in the seed alone as their mean, and the mean of each optimizer. Nothing in it refers to a run:
-it shows what is in the project now and what comes later, offline runs that `wandb sync` sends included.
+that differ in the seed alone as their mean, and the mean of each optimizer for each model and length. Trials
+of a search, which have the tag purpose:tuning, are left out. Nothing in it refers to a run: it shows what is
+in the project now and what comes later, offline runs that `wandb sync` sends included.
 
 Each call makes a new workspace and a new report, and prints where they are. With --spec nothing is sent, and
 no account is needed: what would be sent is written to FILE, as JSON.
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from sophia_train import durable
 from sophia_train.command_line import Parser
 from sophia_train.errors import OutputError, UnavailableError, exit_code_of
+from sophia_train.trackers.labels import TRIALS
 from sophia_train.trackers.panels import AXIS_WORDS, SECTIONS, VALIDATION_LOSS, Panel
 from sophia_train.trackers.wandb import default_entity
 
@@ -27,8 +29,11 @@ MOST_LINES = 100
 COLUMNS = ("final_val_loss", "best_val_loss", "tokens", "flops", "seconds", "tokens_per_second")
 """Of the table of runs, all from their summaries."""
 
-OPTIMIZER, SEEDS = "labels.optimizer", "group"
+SETUP, SEEDS = "labels.setup", "group"
 """What runs are averaged over: a setting that the tracker adds, and W&B's own group."""
+
+NO_TRIALS = f"Tags not in ['{TRIALS}']"
+"""Which runs are shown, as wandb-workspaces has it."""
 
 
 class Library(NamedTuple):
@@ -102,7 +107,7 @@ def _save(made: Any) -> None:
 
 
 def workspace(library: Library, entity: str, project: str) -> Any:
-    """Build the workspace: all sections, runs averaged over seeds, and the means of each optimizer."""
+    """Build the workspace: all sections, runs averaged over seeds, and the mean of each optimizer."""
     ws = library.workspaces
     return ws.Workspace(
         entity=entity,
@@ -116,7 +121,9 @@ def workspace(library: Library, entity: str, project: str) -> Any:
         ],
         settings=ws.WorkspaceSettings(x_axis="step", max_runs=MOST_LINES),
         runset_settings=ws.RunsetSettings(
-            groupby=[ws.Metric(SEEDS)], pinned_columns=[f"summary:{name}" for name in COLUMNS]
+            filters=NO_TRIALS,
+            groupby=[ws.Metric(SEEDS)],
+            pinned_columns=[f"summary:{name}" for name in COLUMNS],
         ),
     )
 
@@ -128,7 +135,7 @@ def report(library: Library, entity: str, project: str) -> Any:
     for title, panels in _sections(library):
         for index, panel in enumerate(panels):
             panel.layout = wr.Layout(x=12 * (index % 2), y=8 * (index // 2), w=12, h=8)
-        runs = wr.Runset(name="Runs", groupby=[SEEDS])  # of the report's own project
+        runs = wr.Runset(name="Runs", filters=NO_TRIALS, groupby=[SEEDS])  # of the report's own project
         blocks += [wr.H1(title), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(
         entity=entity, project=project, title=NAME, description=DESCRIPTION, blocks=blocks, width="fluid"
@@ -147,15 +154,16 @@ def specification(library: Library, entity: str, project: str) -> dict[str, Any]
 DESCRIPTION = "Loss by steps, tokens, seconds and FLOPs; what the Hessian does and costs."
 INTRODUCTION = (
     "A line is the mean of runs that differ in the seed alone, between the lowest and the highest; in the "
-    "first section it is the mean of an optimizer over all of its runs. FLOPs and seconds include the "
-    "Hessian's passes. Intervals, speed-ups, and what is unequal between the runs: scripts/compare.py."
+    "first section it is the mean of an optimizer over all of its runs with that model and number of steps. "
+    "Trials of a search are left out. FLOPs and seconds include the Hessian's passes. Intervals, speed-ups, "
+    "and what is unequal between the runs: scripts/compare.py."
 )
 
 
 def _sections(library: Library) -> Iterator[tuple[str, list[Any]]]:
     """The sections by title, each with fresh panels."""
-    by_optimizer = library.reports.Config(OPTIMIZER)
-    means = [_line_plot(library, panel, by_optimizer) for panel in VALIDATION_LOSS.panels]
+    by_setup = library.reports.Config(SETUP)
+    means = [_line_plot(library, panel, by_setup) for panel in VALIDATION_LOSS.panels]
     yield "Mean of each optimizer", means
     for section in SECTIONS:
         yield section.name, [_line_plot(library, panel) for panel in section.panels]

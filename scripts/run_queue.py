@@ -16,17 +16,21 @@ has ended. What stands behind -- holds for all runs, such as data.path=... of th
 Ends with 0 if all is done, 75 if something is left, and as a run that failed.
 """
 
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from sophia_train.command_line import Parser, before_and_after_dashes, positive_number, whole_number
 from sophia_train.errors import exit_code_of
-from sophia_train.processes import owned
-from sophia_train.run_queue import RunQueue, read_queue
+
+if TYPE_CHECKING:
+    from sophia_train.run_queue import RunQueue
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,13 +56,18 @@ def _run(arguments: Sequence[str]) -> None:
     )
     own, overrides = before_and_after_dashes(arguments)
     options = parser.parse_args(own)
+    deadline = math.inf if options.seconds is None else time.monotonic() + options.seconds
+    # These import torch, which takes seconds: they count.
+    from sophia_train.processes import owned
+    from sophia_train.run_queue import RunQueue, read_queue
+
     runs = read_queue(options.file, options.out, overrides)
     with owned(options.out):
         queue = RunQueue(
             runs,
             options.out,
             parallel=options.parallel,
-            seconds=options.seconds,
+            deadline=deadline,
             keep_weights=not options.discard_weights,
         )
         try:
@@ -67,7 +76,7 @@ def _run(arguments: Sequence[str]) -> None:
             Console(highlight=False).print(table(queue))
 
 
-def table(queue: RunQueue) -> Table:
+def table(queue: "RunQueue") -> Table:
     """Draw how each run of a queue stands."""
     drawn = Table("run", "", box=None, pad_edge=False)
     for header in ("val loss", "tokens", "seconds"):

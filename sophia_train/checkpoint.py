@@ -295,13 +295,16 @@ def find(path: Path) -> Path:
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read and verify the weights of a checkpoint, or of a run's newest one.
+    """Read and verify the weights of a checkpoint, or of a run's newest one; all processes call it together.
 
     Returns:
         The parameters by name, and the manifest.
+
+    Raises:
+        DataError, MissingInputError: as `verify`, on all processes.
     """
     checkpoint = find(path)
-    manifest = verify(checkpoint)
+    manifest = _verify_together(checkpoint)
     return {name: saved[:] for name, saved in tensors_of(checkpoint, manifest, "model").items()}, manifest
 
 

@@ -65,19 +65,33 @@ def expand(overrides: Sequence[str], config_folder: Path | None = None) -> list[
     Raises:
         ConfigError: as `compose`, for any of the runs.
     """
-    with _hydra(config_folder):
-        alternatives = [_alternatives(each) for each in _parse(overrides)]
-    jobs = [list(job) for job in itertools.product(*alternatives)]
-    swept = [index for index, each in enumerate(alternatives) if len(each) > 1]
+    suffixes, jobs = zip(*combinations(overrides, config_folder), strict=True)
     for key in ("name", "run_dir"):
         configs = [compose(job, config_folder) for job in jobs]
         if len({config.run_dir for config in configs}) == len(jobs):
             break
-        for job, config in zip(jobs, configs, strict=True):
-            suffix = _file_name([job[index].lstrip("+~") for index in swept])
+        for suffix, job, config in zip(suffixes, jobs, configs, strict=True):
             value = f"{config[key]}-{suffix}".replace("'", "\\'")
             job.append(f"{key}='{value}'")
-    return jobs
+    return list(jobs)
+
+
+def combinations(overrides: Sequence[str], config_folder: Path | None = None) -> list[tuple[str, list[str]]]:
+    """Combine the values of a sweep, and compose nothing.
+
+    Returns:
+        Of each run the settings that tell it from the others, as a part of a name, and its overrides.
+
+    Raises:
+        ConfigError: an override cannot be read.
+    """
+    with _hydra(config_folder):
+        alternatives = [_alternatives(each) for each in _parse(overrides)]
+    swept = [index for index, each in enumerate(alternatives) if len(each) > 1]
+    return [
+        (_file_name([job[index].lstrip("+~") for index in swept]), list(job))
+        for job in itertools.product(*alternatives)
+    ]
 
 
 def run_config(config: DictConfig) -> RunConfig:

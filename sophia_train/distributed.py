@@ -22,7 +22,7 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _get_default_store
 
 from sophia_train.collectives import sum_over_processes, together, world_size
-from sophia_train.errors import ConfigError, UnavailableError
+from sophia_train.errors import ConfigError, RunError, UnavailableError, is_first_process
 
 logger = logging.getLogger("sophia_train")
 
@@ -48,8 +48,9 @@ def start(precision: str, processes: int | None, gradient_type: torch.dtype = to
     Raises:
         ConfigError: the group is not what was asked for: Accelerate can silently run n jobs of one process.
     """
+    has_gpu = torch.cuda.is_available()
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if has_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if _has_launcher():
         end_with_parent()
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
@@ -62,7 +63,7 @@ def start(precision: str, processes: int | None, gradient_type: torch.dtype = to
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else "bf16",
         kwargs_handlers=[ddp],
-        cpu=asked > 1 and not torch.accelerator.is_available(),  # it does not look for CPUs by itself
+        cpu=not has_gpu,  # else it takes a Mac's GPU, and several processes for as many runs of one
     )
     accelerator.wait_for_everyone()  # one that fails from here on finds no other still connecting to it
     _set_up_logger(accelerator.is_main_process)
@@ -127,14 +128,26 @@ class Failure:
     told_here: bool
 
 
+def failure(error: BaseException) -> Failure:
+    """Find out, in a process that fails, whether the others do.
+
+    Those of an error that is common by itself are not asked: rank 0 may still have much to write before it
+    could answer.
+
+    Args:
+        error: that this process fails with.
+    """
+    if torch.distributed.is_initialized():
+        for number in _STOP_SIGNALS:  # from a launcher that hears of it: there is still something to write
+            signal.signal(number, signal.SIG_IGN)
+        if not (isinstance(error, RunError) and error.common):
+            return _vote()
+    return Failure(common=True, told_here=is_first_process())
+
+
 @functools.cache
-def failure() -> Failure:
-    """Find out, in a process that fails, whether the others do; its answer stays the same."""
-    first = os.environ.get("RANK", "0") == "0"
-    if not torch.distributed.is_initialized():
-        return Failure(common=True, told_here=first)
-    for number in _STOP_SIGNALS:  # that a launcher sends which hears of it: there is still something to write
-        signal.signal(number, signal.SIG_IGN)
+def _vote() -> Failure:
+    """Ask the other processes whether they fail; the answer stays the same."""
     try:
         store = _get_default_store()
         place = store.add("failed", 1)
@@ -143,13 +156,13 @@ def failure() -> Failure:
             time.sleep(0.02)
         verdict = store.compare_set("verdict", "", "common" if place == world_size() else "alone")
     except DistError:  # the store went with the launcher, which was killed, or with rank 0
-        return Failure(common=True, told_here=first)
+        return Failure(common=True, told_here=is_first_process())
     common = verdict == b"common"
-    return Failure(common, told_here=first if common else place == 1)
+    return Failure(common, told_here=is_first_process() if common else place == 1)
 
 
 @contextmanager
-def ending_together(accelerator: Accelerator, *common: type[Exception]) -> Iterator[None]:
+def ending_together(accelerator: Accelerator) -> Iterator[None]:
     """Let the processes leave together, at the end of the body or at an error that is common to all.
 
     A launcher ends all processes as soon as one has failed, when rank 0 may still have to write; and a
@@ -157,8 +170,6 @@ def ending_together(accelerator: Accelerator, *common: type[Exception]) -> Itera
 
     Args:
         accelerator: of this process.
-        common: what every process raises between the same two collectives if one does; after other errors
-            none waits for another.
 
     Raises:
         UnavailableError: as `noticing_losses`.
@@ -166,8 +177,8 @@ def ending_together(accelerator: Accelerator, *common: type[Exception]) -> Itera
     try:
         with noticing_losses():
             yield
-    except common:
-        if failure().common:
+    except RunError as error:
+        if error.common:  # after other errors none waits for another
             _leave_group(accelerator)
         raise
     _leave_group(accelerator)
@@ -209,6 +220,11 @@ def _leave_group(accelerator: Accelerator) -> None:
         torch.distributed.destroy_process_group()
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher has started more processes than this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def end_process(code: int) -> NoReturn:
     """Exit with a code; from a process of several without taking the interpreter apart.
 
@@ -216,10 +232,11 @@ def end_process(code: int) -> NoReturn:
     lock. One that asks for it while the interpreter ends is unwound through C++: the process aborts, and the
     launcher takes the run for failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_one_of_several():
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError, ValueError):  # it may be full or closed
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

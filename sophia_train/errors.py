@@ -6,9 +6,15 @@ from collections.abc import Callable
 
 
 class RunError(Exception):
-    """A run cannot go on. The message is one line for a person: what, its value, and the fix."""
+    """A run cannot go on. The message is one line for a person: what, its value, and the fix.
+
+    Attributes:
+        code: of sysexits.
+        common: every process of a run raises it between the same two collectives if one does.
+    """
 
     code = 70
+    common = False
 
 
 class ConfigError(RunError):
@@ -51,6 +57,7 @@ class Interrupted(RunError):
     """The run was asked to stop, saved its state, and can be continued."""
 
     code = 75
+    common = True
 
 
 def from_os_error(error: OSError) -> RunError:
@@ -74,11 +81,15 @@ def as_run_error(error: BaseException) -> RunError:
     return RunError(f"{type(error).__name__}: {error}")
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Whether this is the process with rank 0, by what its launcher says; alone, it is."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def exit_code_of(work: Callable[[], int | None], speaks: Callable[[], bool] = _is_first_process) -> int:
+def exit_code_of(
+    work: Callable[[], int | None],
+    speaks: Callable[[BaseException], bool] = lambda error: is_first_process(),
+) -> int:
     """Do `work` and return its exit code, None being 0.
 
     What can end a run becomes one `error:` line on stderr, and its code; any other exception is a defect
@@ -86,18 +97,18 @@ def exit_code_of(work: Callable[[], int | None], speaks: Callable[[], bool] = _i
 
     Args:
         work: to do.
-        speaks: asked when `work` has failed, whether of several processes this one is to say so.
+        speaks: asked with the error of `work`, whether of several processes this one is to say so.
     """
     try:
         return work() or 0
     except (RunError, OSError, KeyboardInterrupt) as error:
-        failure = as_run_error(error)
+        failure, told_here = as_run_error(error), speaks(error)
     except Exception as defect:
-        if not speaks():
+        if not speaks(defect):
             return RunError.code
         defect.add_note(f"in process {os.environ.get('RANK', '0')}")
         raise
-    if speaks():
-        process = "" if _is_first_process() else f"process {os.environ['RANK']}: "
+    if told_here:
+        process = "" if is_first_process() else f"process {os.environ['RANK']}: "
         sys.stderr.write(f"error: {process}{' '.join(str(failure).split())}\n")
     return failure.code

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from sophia_train import command_line
 from sophia_train.config import CONFIGS, RunConfig, compose, expand, run_config
-from sophia_train.distributed import end_process, failure
+from sophia_train.distributed import end_process, failure, is_one_of_several
 from sophia_train.errors import ConfigError, exit_code_of
 from sophia_train.processes import train_command
 from sophia_train.sweep import sweep
@@ -23,12 +23,19 @@ def launch(task: Task) -> NoReturn:
     Args:
         task: trains one run; returns its exit code, None being 0.
     """
-    end_process(run(sys.argv[1:], task))
+    try:
+        code = run(sys.argv[1:], task)
+    except Exception:  # a defect
+        if not is_one_of_several():
+            raise
+        sys.excepthook(*sys.exc_info())  # what Python would do, and its code
+        code = 1
+    end_process(code)
 
 
 def run(arguments: Sequence[str], task: Task) -> int:
     """Do what the arguments ask for and return the exit code; an error is one line on stderr."""
-    return exit_code_of(lambda: _run(arguments, task), speaks=lambda: failure().told_here)
+    return exit_code_of(lambda: _run(arguments, task), speaks=lambda error: failure(error).told_here)
 
 
 def _run(arguments: Sequence[str], task: Task) -> int:
@@ -37,7 +44,7 @@ def _run(arguments: Sequence[str], task: Task) -> int:
         sys.stdout.write(command_line.help_text(CONFIGS))
         return 0
     if options.multirun:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if is_one_of_several():
             raise ConfigError(
                 f"-m with WORLD_SIZE={os.environ['WORLD_SIZE']}: a sweep starts its runs one by one; "
                 "leave -m out, or start it without a launcher"

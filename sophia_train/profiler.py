@@ -20,7 +20,7 @@ RECORDED = 3
 
 
 @contextlib.contextmanager
-def traced(folder: Path, step: int, interval: int | None) -> Iterator[Callable[[], None]]:
+def traced(folder: Path, step: int, interval: int | None) -> Iterator[Callable[[], bool]]:
     """Record three training steps of the body, and write them to `folder` for a trace viewer.
 
     Recorded are a step with a refresh of the Hessian, the first that comes 10 steps or more after the start,
@@ -33,7 +33,7 @@ def traced(folder: Path, step: int, interval: int | None) -> Iterator[Callable[[
         interval: refreshes are before steps that follow a multiple of so many; None if there are none.
 
     Yields:
-        What to call between two steps.
+        What to call between two steps; it returns whether it has written the trace, which takes time.
 
     Raises:
         OSError: the trace could not be written.
@@ -69,7 +69,13 @@ def traced(folder: Path, step: int, interval: int | None) -> Iterator[Callable[[
         on_trace_ready=write,
         acc_events=True,  # else some versions warn of what a second cycle, which there is not, would drop
     ) as profile:
-        yield profile.step
+
+        def between_steps() -> bool:
+            before = written
+            profile.step()
+            return written and not before
+
+        yield between_steps
     if not written:
         logger.warning(
             "profile=true: the run ended before step %d, the first to record; there is no trace", first + 1

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from sophia_train import parallel, schema_check
+from sophia_train import checkpoint, parallel, schema_check
 from sophia_train.data.base import Data
 from sophia_train.errors import ConfigError, MissingInputError
 from sophia_train.hessian.base import Estimator, NoHessian
@@ -346,7 +346,8 @@ def _check_start(config: RunConfig) -> None:
     if config.resume not in words and not Path(config.resume).exists():
         hint = close_to(config.resume, words)
         wrong = ConfigError if hint else MissingInputError
-        raise wrong(f"resume={config.resume}: no such folder; {hint or 'use auto, never, must or a run'}")
+        if hint or not checkpoint.exists(Path(config.run_dir)):  # which goes on without what it came from
+            raise wrong(f"resume={config.resume}: no such folder; {hint or 'use auto, never, must or a run'}")
     if config.resume == "must" and config.init_from is not None:
         raise ConfigError(
             f"init_from={config.init_from} starts a new run, but resume=must continues one; leave one out"

@@ -3,7 +3,7 @@
 runs/<name>/
     config.json       resolved settings
     environment.json  versions, commit, device
-    status.json       exit code, reason and step of the last invocation
+    status.json       exit code, reason and step of the last invocation; losses that the run was to beat
     metrics.jsonl     every metric, one record a line
     checkpoints/      see `checkpoint`
     card.md           what the run was, what came out and what it cost, on one page
@@ -78,7 +78,8 @@ class RunFolder:
 
         Args:
             resume: "auto" continues what is there, "must" insists on it, "never" insists on nothing being
-                there; anything else is the path of a checkpoint or of another run.
+                there; anything else is the path of a checkpoint or of another run to go on from, and where
+                that has been done, continues what is there: the path may be gone.
 
         Returns:
             A checkpoint's folder, or None for a new run.
@@ -92,7 +93,7 @@ class RunFolder:
             raise ConfigError(f"resume=never, but {self.path} holds a run already; choose another name=")
         if resume == "must" and newest is None:
             raise MissingInputError(f"resume=must, but {self.path} holds no checkpoint; use resume=auto")
-        if resume not in ("auto", "never", "must"):
+        if resume not in ("auto", "never", "must") and not _was_started_with(resume, newest):
             asked = checkpoint.find(Path(resume))
             if newest is not None and asked.resolve() != newest.resolve():
                 raise ConfigError(
@@ -110,9 +111,21 @@ class RunFolder:
         durable.write_json(self.path / "config.json", self.config)
         durable.write_json(self.path / "environment.json", environment(device, processes))
 
-    def write_status(self, code: int, reason: str, step: int) -> None:
-        """Write how this invocation ended; launchers change exit codes, this file does not."""
-        durable.write_json(self.path / "status.json", {"code": code, "reason": reason, "step": step})
+    def write_status(
+        self, code: int, reason: str, step: int, baselines: Mapping[str, float] | None = None
+    ) -> None:
+        """Write how this invocation ended; launchers change exit codes, this file does not.
+
+        Args:
+            code: the exit code.
+            reason: for it, in words.
+            step: completed steps.
+            baselines: losses in nats a token of what the model is to beat, such as the bigram model's.
+        """
+        status: dict[str, Any] = {"code": code, "reason": reason, "step": step}
+        if baselines is not None:
+            status["baselines"] = baselines
+        durable.write_json(self.path / "status.json", status)
 
     def _saved_config(self) -> dict[str, Any] | None:
         path = self.path / "config.json"
@@ -152,11 +165,23 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
+    """The commit of this program, if git tracks it; the repository that it is installed into is another's."""
+    file = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _was_started_with(resume: str, newest: Path | None) -> bool:
+    """Whether a run's newest checkpoint, if there is one, was made by a command with the same `resume`."""
+    return newest is not None and checkpoint.read_manifest(newest)["config"].get("resume") == resume
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from sophia_train import durable
-from sophia_train.config import RunConfig, compose, expand, run_config, to_json
+from sophia_train.config import RunConfig, combinations, compose, run_config, to_json
 from sophia_train.errors import ConfigError, DataError, Interrupted, MissingInputError
 from sophia_train.models.gpt2 import GPT2Config
 from sophia_train.processes import Process, Processes, exit_code, failure, quoted, start_run, was_interrupted
@@ -61,6 +61,12 @@ class QueuedRun:
         """Model and target tokens: runs alike in these take about as long."""
         return self.config.model, planned_tokens(self.config)
 
+    @property
+    def sample(self) -> tuple[Any, ...]:
+        """Settings and seed, as a comparison has them: runs alike in these are one sample and not two."""
+        config = self.config
+        return self.digest, config.seed, config.data.get("path"), config.init_from, config.eval_interval
+
 
 def read_queue(path: Path, out: Path, extra: Sequence[str] = ()) -> list[QueuedRun]:
     """Read a queue, and check every run of it.
@@ -72,19 +78,21 @@ def read_queue(path: Path, out: Path, extra: Sequence[str] = ()) -> list[QueuedR
 
     Raises:
         MissingInputError: there is no such file.
-        ConfigError: it is not a queue, a run's settings are wrong, or its folder belongs to other ones.
+        ConfigError: it is not a queue, a run's settings are wrong or those of another one, or its folder
+            belongs to other ones.
     """
     runs: list[QueuedRun] = []
     common, entries = _read_file(path)
     for name, words in entries.items():
         first = len(runs)
-        place = [quoted("name", name), quoted("run_dir", out / "${name}")]
         try:
-            for overrides in expand([*common, *words, *extra, *place]):
-                config = run_config(compose(overrides))
-                folder = Path(config.run_dir)
-                RunFolder(folder, to_json(config)).starting_point("auto")
-                runs.append(QueuedRun(folder, overrides, config, settings_digest(config)))
+            for run in _runs(name, [*common, *words, *extra], out):
+                if twin := next((other for other in runs if other.sample == run.sample), None):
+                    raise ConfigError(
+                        f"{twin.folder.name} and {run.folder.name} have the same settings and "
+                        f"seed={run.config.seed}; leave one of them out"
+                    )
+                runs.append(run)
         except ConfigError as error:
             raise ConfigError(f"{path}: {name}: {error}") from error
         if doubles := {run.folder.name for run in runs[first:]} & {run.folder.name for run in runs[:first]}:
@@ -99,8 +107,8 @@ class RunQueue:
         runs: in the order in which they are to run.
         out: the folder that has their folders and `results.jsonl`.
         parallel: how many run beside each other.
-        seconds: after this time the runs in progress are asked to save and stop; a run is begun only if those
-            of its length so far would have ended before. None: no limit.
+        deadline: by the monotonic clock, in seconds; then the runs in progress are asked to save and stop. A
+            run is begun only if those of its length so far would have ended before.
         keep_weights: whether the weights of a finished run stay; its metrics always do.
 
     Raises:
@@ -113,12 +121,12 @@ class RunQueue:
         out: Path,
         *,
         parallel: int = 1,
-        seconds: float | None = None,
+        deadline: float = math.inf,
         keep_weights: bool = True,
     ) -> None:
         self.runs = runs
         self.parallel = parallel
-        self.seconds = math.inf if seconds is None else seconds
+        self.deadline = deadline
         self.keep_weights = keep_weights
         self._path = out / RESULTS
         self._rows = _read_rows(self._path)
@@ -132,11 +140,10 @@ class RunQueue:
         """
         waiting = [run for run in self.runs if not self._ended(run)]
         active: dict[Process, tuple[QueuedRun, float]] = {}
-        deadline = time.monotonic() + self.seconds
         with Processes() as processes:
             while True:
                 while len(active) < self.parallel and not processes.told_to_stop:
-                    left = deadline - time.monotonic()
+                    left = self.deadline - time.monotonic()
                     run = next((run for run in waiting if self._estimate(run) < left), None)
                     if run is None:
                         break
@@ -144,7 +151,7 @@ class RunQueue:
                     active[start_run(processes, run.overrides, run.folder)] = run, time.monotonic()
                 if not active:
                     break
-                if time.monotonic() > deadline:
+                if time.monotonic() > self.deadline:
                     for process in active:
                         processes.stop(process)
                 for process in processes.ended():
@@ -192,6 +199,17 @@ class RunQueue:
         alike = (row for other in self.runs if other.length == run.length and (row := self._row(other)))
         slowest = max((row["wall_seconds"] for row in alike if row["state"] == "finished"), default=0.0)
         return float(slowest * (1 - read_result(run.folder).tokens / planned_tokens(run.config)))
+
+
+def _runs(name: str, sweep: Sequence[str], out: Path) -> Iterator[QueuedRun]:
+    """Compose the runs of one entry, each once."""
+    for suffix, overrides in combinations(sweep):
+        own_name = f"{name}-{suffix}" if suffix else name
+        overrides += [quoted("name", own_name), quoted("run_dir", out / "${name}")]
+        config = run_config(compose(overrides))
+        folder = Path(config.run_dir)
+        RunFolder(folder, to_json(config)).starting_point("auto")
+        yield QueuedRun(folder, overrides, config, settings_digest(config))
 
 
 def _new_row(run: QueuedRun, state: str, result: RunResult) -> dict[str, Any]:

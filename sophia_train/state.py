@@ -34,7 +34,8 @@ MAY_CHANGE = frozenset(
         "hessian.micro_batch_size",
     }
 )
-"""Settings that a run may be continued with other values of: they do not change what it computes."""
+"""Settings that a run may be continued with other values of: they do not change what it computes, up to
+rounding and to dropout, which is seeded by process and micro-batch."""
 
 
 def may_change(key: str) -> bool:

@@ -17,7 +17,7 @@ from sophia_train.config import compose, run_config
 from sophia_train.data.base import Data
 from sophia_train.data.statistics import LARGEST_BIGRAM_VOCABULARY, ngram_cross_entropy
 from sophia_train.data.tokenizers import Tokenizer
-from sophia_train.errors import ConfigError, Interrupted, as_run_error
+from sophia_train.errors import ConfigError, as_run_error
 from sophia_train.hessian.hutchinson import Hutchinson
 from sophia_train.launch import launch
 from sophia_train.memory import shrink_micro_batch
@@ -35,7 +35,7 @@ from sophia_train.run_folder import RunFolder
 from sophia_train.trackers.base import RunInfo, Silent, Tracker, Trackers
 from sophia_train.trackers.console import Output, duration
 from sophia_train.trackers.jsonl import JsonlTracker
-from sophia_train.trainer import NotFiniteError, Trainer
+from sophia_train.trainer import Trainer
 
 logger = logging.getLogger("sophia_train")
 
@@ -54,7 +54,7 @@ def train(config: RunConfig) -> None:
     """
     gradient_type = GRADIENT_TYPES[config.gradient_type]
     accelerator = distributed.start(config.precision, config.processes, gradient_type)
-    with distributed.ending_together(accelerator, Interrupted, NotFiniteError):
+    with distributed.ending_together(accelerator):
         _train(config, accelerator)
 
 
@@ -161,14 +161,17 @@ def _tracked(trainer: Trainer, trackers: Tracker, folder: RunFolder, config: Run
     """Start the trackers; however the body ends, close them, and say in status.json what went wrong."""
     resumed_from = trainer.state.step or None
     code = 0
-    trackers.start(RunInfo(folder.path, config.name, to_json(config), resumed_from, trainer.total_steps))
+    data = trainer.manifest["data"]
+    trackers.start(
+        RunInfo(folder.path, config.name, to_json(config), resumed_from, trainer.total_steps, data)
+    )
     try:
         with distributed.noticing_losses():
             yield
     except BaseException as error:
         reason = as_run_error(error)
         code = reason.code
-        if distributed.failure().told_here:
+        if distributed.failure(error).told_here:
             with contextlib.suppress(OSError):  # the disk may be what failed
                 folder.write_status(code, str(reason), trainer.state.step)
         raise
@@ -183,8 +186,9 @@ def _conclude(trainer: Trainer, splits: Splits, tokenizer: Tokenizer, folder: Ru
     if tokenizer.vocab_size <= LARGEST_BIGRAM_VOCABULARY:
         baselines["unigram"] = ngram_cross_entropy(*splits, tokenizer.vocab_size, 1)
         baselines["bigram"] = ngram_cross_entropy(*splits, tokenizer.vocab_size, 2)
+        folder.write_status(0, "finished", state.step, baselines)  # again: counting takes time
     figure = plot_run(folder.path, baselines)
-    card = write_card(folder.path, baselines, defaults=to_json(run_config(compose())))
+    card = write_card(folder.path, defaults=to_json(run_config(compose())))
     _print(
         {
             "validation loss": f"{trainer.validation_loss:.3f} nats a token",

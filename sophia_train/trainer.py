@@ -71,6 +71,8 @@ class TrainerConfig:
 class NotFiniteError(DataError):
     """Too many steps in a row were not finite; every process of the run raises this at the same step."""
 
+    common = True
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -182,11 +184,12 @@ class Trainer:
         self._advance(batch, result)
         return result
 
-    def fit(self, between_steps: Callable[[], None] = lambda: None) -> None:
+    def fit(self, between_steps: Callable[[], bool] = lambda: False) -> None:
         """Train until the run ends.
 
         Args:
-            between_steps: called after each step but the last, and after what follows it.
+            between_steps: called after each step but the last, and after what follows it; returns whether it
+                took time that is not the training's.
 
         Raises:
             Interrupted: asked to stop before the end; the state is saved.
@@ -229,7 +232,8 @@ class Trainer:
                     raise Interrupted(self._why_stopped())
                 if last:
                     break
-                between_steps()
+                if between_steps():
+                    self.throughput.restart()
 
     def save(self) -> None:
         """Save a checkpoint of the current state; with `save_in_background`, begin to.

@@ -1,15 +1,18 @@
 """Checkpoints come back bitwise or not at all, and loading one runs no code."""
 
 import ast
+import functools
 import json
 import shutil
 
 import pytest
 import torch
 from support import ROOT, contents
+from test_collectives import in_two_processes
 from torch import nn
 
 from sophia_train import checkpoint, durable
+from sophia_train.collectives import gather
 from sophia_train.errors import ConfigError, DataError, MissingInputError, RunError
 from sophia_train.optim import Sophia
 
@@ -50,6 +53,21 @@ def flat(tree):
     if isinstance(tree, dict):
         return {key: flat(value) for key, value in tree.items()}
     return [flat(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def verify_a_share(path, rank):
+    """Load weights on one of two processes, of which each verifies a file."""
+    verified, original = [], checkpoint.fingerprint
+    checkpoint.fingerprint = lambda file: verified.append(file.name) or original(file)
+    weights, manifest = checkpoint.load_weights(path)
+    assert len(weights) == 3
+    assert sorted(gather(verified)) == [[name] for name in sorted(manifest["files"])]
+
+
+def refuse(path, rank):
+    """Fail to load weights on one of two processes, of which one sees the damage."""
+    with pytest.raises(DataError, match="optimizer.safetensors"):
+        checkpoint.load_weights(path)
 
 
 @pytest.fixture
@@ -173,6 +191,12 @@ class TestDamage:
         (saved / name).unlink()
         with pytest.raises(MissingInputError, match=name):
             checkpoint.restore(saved, *make())
+
+    def test_two_processes_read_a_file_each_and_both_notice(self, saved):
+        in_two_processes(functools.partial(verify_a_share, saved))
+        path = saved / "optimizer.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        in_two_processes(functools.partial(refuse, saved))
 
     def test_files_of_another_checkpoint_are_noticed(self, saved, tmp_path):
         other = checkpoint.save(tmp_path, 6, *make(seed=3), {})

@@ -11,7 +11,9 @@ import pytest
 from support import ROOT, load_script
 from trackers.offline_runs import config, of_kind, offline_folders, read, summary
 
+from sophia_train.trackers.base import RunInfo
 from sophia_train.trackers.jsonl import read_metrics
+from sophia_train.trackers.labels import TRIALS, group_name
 
 workspaces = pytest.importorskip("wandb_workspaces.workspaces")
 internal = pytest.importorskip("wandb_workspaces.reports.v2.internal")
@@ -76,7 +78,7 @@ def test_every_panel_is_there(kind, spec):
     }
     for axis in ("step", "tokens", "seconds", "flops"):
         assert {("val/loss", axis, None), ("train/loss", axis, None)} <= drawn
-        assert ("val/loss", axis, "labels.value.optimizer") in drawn, "the mean of each optimizer"
+        assert ("val/loss", axis, "labels.value.setup") in drawn, "the mean of each optimizer"
     for metric in ("optim/unclipped_fraction", "optim/hessian_norm", "perf/hessian_share", "optim/lr"):
         assert (metric, "step", None) in drawn
     assert {config["groupAgg"] for config in found} == {"mean"}
@@ -89,7 +91,12 @@ def test_runs_are_grouped_by_what_the_tracker_sends(spec, tiny_run):
     written = read(folder)
     sent = of_kind(written, "run")[0]
     assert sent.project == spec["workspace"]["project"] == spec["report"]["project"]["name"] == "trial"
-    assert sent.run_group and config(written)["labels"]["optimizer"] == "Sophia GNB"
+    setup = config(written)["labels"]["setup"]
+    assert setup.startswith("Sophia GNB ") and setup.endswith(" 6 steps")
+    assert sent.run_group.startswith(f"{setup} "), "of one setup, like those of its mean"
+    manifest = json.loads(next(tiny_run.rglob("manifest.json")).read_text())
+    run = RunInfo(tiny_run, "run", manifest["config"], None, 6, manifest["data"])
+    assert sent.run_group == group_name(run), "with the digests of its tokens"
     for kind in spec:
         for each in run_sets(spec[kind]):
             assert each["grouping"] == [{"section": "run", "name": "group"}]
@@ -103,8 +110,16 @@ def test_no_run_is_named_so_that_runs_may_come_later(spec, tiny_run):
     for kind in spec:
         for each in run_sets(spec[kind]):
             assert each["selections"] == {"root": 1, "bounds": [], "tree": []}, "all of them"
-            assert each["filters"]["filters"] == [] and each["search"] == {"query": ""}
+            assert each["search"] == {"query": ""}
             assert "project" not in each, "that of the dashboard"
+
+
+def test_trials_of_a_search_are_left_out_and_nothing_else(spec):
+    for kind in spec:
+        for each in run_sets(spec[kind]):
+            (only,) = each["filters"]["filters"]
+            assert only["key"] == {"section": "run", "name": "tags"}
+            assert (only["op"], only["value"], only["disabled"]) == ("NIN", [TRIALS], False)
 
 
 def test_the_specification_is_one_that_the_library_reads_back(spec):

@@ -46,7 +46,10 @@ def test_a_run_from_text_to_sample(tmp_path):
         ".lock", "card.md", "checkpoints", "config.json", "environment.json", "loss.png", "metrics.jsonl",
         "samples", "status.json",
     }  # fmt: skip
-    assert json.loads((run / "status.json").read_text()) == {"code": 0, "reason": "finished", "step": 40}
+    status = json.loads((run / "status.json").read_text())
+    baselines = status.pop("baselines")
+    assert status == {"code": 0, "reason": "finished", "step": 40}
+    assert 0 < baselines["bigram"] < baselines["unigram"] < math.log(256)
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     samples = sorted(path.name for path in (run / "samples").iterdir())
     assert samples == ["sample-0000020.txt", "sample-0000040.txt"]

@@ -101,6 +101,31 @@ def test_one_process_of_several_ends_without_taking_the_interpreter_apart(proces
     assert done.returncode == 75 and done.stdout.splitlines() == said
 
 
+@pytest.mark.parametrize(
+    "output",
+    ["sys.stdout = open('/dev/full', 'w'); print('more')", "sys.stdout.close()", "sys.stdout = None"],
+    ids=["full", "closed", "none"],
+)
+def test_output_that_cannot_be_written_does_not_change_the_code(output):
+    program = f"import sys, sophia_train.distributed as it; {output}; it.end_process(75)"
+    environment = {**os.environ, **ENVIRONMENT, "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (75, "")
+
+
+@pytest.mark.parametrize(("processes", "said"), [(1, ["taken apart"]), (2, [])])
+def test_so_does_one_with_a_defect_which_is_shown_as_ever(processes, said):
+    program = (
+        "import atexit; from sophia_train.launch import launch; atexit.register(print, 'taken apart');"
+        "launch(lambda config: 1 / 0)"
+    )
+    environment = {**os.environ, **ENVIRONMENT, "WORLD_SIZE": str(processes)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.splitlines() == said
+    assert done.stderr.startswith("Traceback") and done.stderr.count("Traceback") == 1
+    assert done.stderr.splitlines()[-2:] == ["ZeroDivisionError: division by zero", "in process 0"]
+
+
 def test_without_a_launcher_ctrl_c_twice_ends_at_once(tiny, tmp_path):
     ended = tiny(tmp_path, hooks=[["send_signal", 3, "SIGINT"]] * 2)
     assert ended.code == 75 and len(ended.errors) == 1 and "at once" in ended.errors[0]
@@ -162,6 +187,16 @@ class TestOfTwo:
         ended = pair(f"run_dir={tmp_path / 'run'}", *overrides, hooks=hooks)
         assert codes(ended) == [{"end": 0, "stop_at_step": 75, "not finite": 65}[end]] * 2
         assert state.read_text() in "RSD", "the second process has left"
+
+    def test_the_second_waits_for_the_trace_of_the_first_which_speaks(self, pair, pids, tmp_path):
+        run, state = tmp_path / "run", tmp_path / "state"
+        hooks = [[["ask_nobody"], ["look_at", str(pids), str(state)]], [["ask_nobody"]]]
+        overrides = ["max_steps=20", "stop_at_step=11", "profile=true"]
+        ended = pair(f"run_dir={run}", *overrides, hooks=hooks)
+        assert codes(ended) == [75, 75] and [len(each.errors) for each in ended] == [1, 0]
+        assert state.read_text() in "RSD", "the second process has left"
+        assert [path.name for path in (run / "profile").glob("*.gz")] == ["steps_00000010-00000011.json.gz"]
+        assert json.loads((run / "status.json").read_text())["step"] == 11
 
     def test_the_second_is_silent(self, pair, tmp_path):
         first, second = pair(f"run_dir={tmp_path}", "tracker=console", "sample_interval=3", "sample_tokens=9")

@@ -7,6 +7,8 @@ import re
 import pytest
 from support import result
 
+from sophia_train.profiler import traced
+
 STEP = "Optimizer.step#Sophia.step"
 
 
@@ -40,6 +42,13 @@ def test_a_trace_has_three_steps_and_a_refresh(tiny, plain, tmp_path):
     assert {"aten::mm", "aten::embedding", "hessian"} <= set(names(trace))
     assert names(trace).count(STEP) == 3
     assert result(tmp_path) == result(plain)  # weights, optimizer state and metrics, bitwise
+
+
+def test_it_says_between_which_steps_it_has_written(tmp_path):
+    with traced(tmp_path, 0, None) as between_steps:
+        written = [between_steps() for _ in range(20)]
+    assert [step for step, has in enumerate(written, 1) if has] == [12]
+    assert [path.name for path in tmp_path.glob("*.gz")] == ["steps_00000010-00000012.json.gz"]
 
 
 def test_nothing_is_written_unless_asked_for(plain):

@@ -4,12 +4,15 @@ import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from log_pipe import strike
 from support import ENVIRONMENT, ROOT, TINY, contents, load_script, result
 
-from sophia_train import run_queue
+from sophia_train import config, run_queue
 from sophia_train.processes import OUTPUT
 
 SETTINGS = [word for word in TINY if not word.startswith("hessian.")]
@@ -121,8 +124,8 @@ class TestRuns:
         assert result(out / "a") == resumed
 
     def test_what_is_in_progress_when_the_time_is_up_is_stopped(self, queue, out):
-        assert queue(["a: max_steps=10000000", "b: seed=1"], "--seconds", "1") == 75
-        assert not (out / "b").exists() and not (out / run_queue.RESULTS).exists()
+        assert queue(["a: max_steps=10000000", "b: seed=1"], "--seconds", "10") == 75
+        assert (out / "a").exists() and not (out / "b").exists() and not (out / run_queue.RESULTS).exists()
 
 
 class TestTime:
@@ -137,6 +140,38 @@ class TestTime:
         captured = capfd.readouterr()
         assert "1 of 2 runs" in captured.err and "a-seed=2" in captured.err
         assert not (out / "a-seed=1").exists() and not (out / "a-seed=2").exists()
+
+    def test_the_time_for_composing_the_runs_counts(self, queue, out, monkeypatch):
+        def slow(overrides, compose=run_queue.compose):
+            time.sleep(2)
+            return compose(overrides)
+
+        def start(*_):
+            pytest.fail("a run was begun after the end of the time")
+
+        monkeypatch.setattr(run_queue, "compose", slow)
+        monkeypatch.setattr(run_queue, "start_run", start)
+        assert queue(["a: seed=1"], "--seconds", "2") == 75
+
+    def test_so_does_the_time_for_loading_what_composes_them(self):
+        loaded = "import sys, run_queue; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT / "scripts").returncode == 0
+
+    def test_each_run_is_composed_once(self, token_files, out, tmp_path, monkeypatch):
+        composed = []
+
+        def count(name, overrides, compose=config.hydra_compose):
+            composed.append(overrides)
+            return compose(name, overrides)
+
+        monkeypatch.setattr(config, "hydra_compose", count)
+        (tmp_path / "queue.yaml").write_text(queue_of(["a: seed=1,2 optimizer=adamw,sophia_g", "b: seed=3"]))
+        runs = run_queue.read_queue(tmp_path / "queue.yaml", out, extra(token_files)[1:])
+        assert len(composed) == len(runs) == 5
+        for run in runs:
+            assert [word for word in run.overrides if word.startswith("name=")] == [
+                f"name='{run.folder.name}'"
+            ]
 
 
 @pytest.mark.slow
@@ -187,6 +222,29 @@ class TestBadInput:
         assert queue(["a-seed=1: seed=3", "a: seed=1,2"]) == 64
         assert "a-seed=1 is there already" in capfd.readouterr().err
         assert not out.exists()
+
+    @pytest.mark.parametrize(
+        ("runs", "names"),
+        [
+            (["a: optimizer=sophia_g seed=1,2", "b: seed=2"], ["a-seed=2", "b"]),
+            (["a: seed=1", "b: seed=1 log_interval=3 micro_batch_size=1"], ["a", "b"]),
+            (["a: seed=1,1"], ["a-seed=1", "a-seed=1"]),
+        ],
+    )
+    def test_two_runs_of_the_same_settings_and_seed(self, runs, names, queue, out, capfd):
+        assert queue(runs) == 64
+        err = capfd.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+        assert " and ".join(names) + " have the same settings and seed=" in err
+        assert not out.exists()
+
+    @pytest.mark.parametrize(
+        "other", ["seed=2", "data.path=/", "init_from=gpt2", "eval_interval=7", "optimizer.lr=0.5"]
+    )
+    def test_runs_that_a_comparison_tells_apart_are_none_such(self, other, out, token_files, tmp_path):
+        runs = [f"a: data.path={token_files}", f"b: data.path={token_files} {other}"]
+        (tmp_path / "queue.yaml").write_text(queue_of(runs))
+        assert len(run_queue.read_queue(tmp_path / "queue.yaml", out)) == 2
 
     def test_results_that_are_damaged(self, queue, out, capfd):
         out.mkdir()

@@ -5,12 +5,15 @@ import dataclasses
 import json
 import math
 import threading
+import time
+import types
 
 import pytest
 import torch
 from support import MODEL, build, records, result, start_trackers, text
 from torch.nn.functional import cross_entropy
 
+import sophia_train.throughput
 import sophia_train.trainer
 from sophia_train import checkpoint, durable
 from sophia_train.hessian import HessianUpdater
@@ -181,6 +184,28 @@ class TestNotFinite:
         assert "resume" not in str(caught.value)  # a run is not resumed with another learning rate
         assert trainer.state.skipped_steps == 5
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_is_done_between_steps_is_said_to_take_time_apart_or_counts(apart, tmp_path, monkeypatch):
+    now, late = time.perf_counter, 0.0
+
+    def between_steps():
+        nonlocal late
+        if trainer.state.step != 4:
+            return False
+        late = 1000.0
+        return apart
+
+    clock = types.SimpleNamespace(perf_counter=lambda: now() + late)
+    monkeypatch.setattr(sophia_train.throughput, "time", clock)
+    trainer, _ = build(tmp_path / "run", max_steps=6)
+    start_trackers(trainer, tmp_path / "run")
+    trainer.fit(between_steps)
+    trainer.trackers.close(0)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    spent = {record["step"]: record.get("perf/step_seconds", 0) for record in map(json.loads, lines)}
+    assert [step for step, seconds in spent.items() if seconds > 900] == ([] if apart else [5])
 
 
 def test_an_error_does_not_take_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
 import sophia_train.trainer
-from sophia_train import durable, launch
+from sophia_train import distributed, durable, launch
 from sophia_train.data.loader import Loader
 from sophia_train.models.gpt2 import GPT2
 from sophia_train.train import train
@@ -114,6 +114,11 @@ def fail(step: int, kind: str, seconds: float = 0.0) -> None:
     at_step(step, fail_now)
 
 
+def ask_nobody() -> None:
+    """Let no process that fails wait for others that may."""
+    distributed.COMMON_FAILURE_SECONDS = 0.0
+
+
 def look_at(pids_file: str, state_file: str) -> None:
     """Note in which state the second process is one second into the last of this one's writing."""
 
@@ -143,6 +148,7 @@ HOOKS = {
         run_out_of_memory,
         fill_disk,
         fail,
+        ask_nobody,
         look_at,
         hide_package,
     )

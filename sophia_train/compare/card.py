@@ -13,7 +13,7 @@ import torch
 from sophia_train import checkpoint, durable
 from sophia_train.compare.document import Block, Heading, Paragraph, Table, markdown
 from sophia_train.compare.groups import optimizer_name, size_name
-from sophia_train.compare.runs import leaves, read_json
+from sophia_train.compare.runs import is_number, leaves, read_json
 from sophia_train.errors import DataError, MissingInputError
 from sophia_train.models.gpt2 import GPT2, GPT2Config
 from sophia_train.trackers.jsonl import FILE_NAME, read_metrics
@@ -27,9 +27,7 @@ SAID_ELSEWHERE = ("name", "run_dir", "seed", "processes", "tracker")
 Settings = Mapping[str, Any]
 
 
-def write_card(
-    run_dir: Path, baselines: Mapping[str, float] | None = None, defaults: Settings | None = None
-) -> Path:
+def write_card(run_dir: Path, defaults: Settings | None = None) -> Path:
     """Write the card of a run to `card.md` in its folder, whether it has ended or not.
 
     Args and errors are those of `card`.
@@ -38,18 +36,15 @@ def write_card(
         The card's path.
     """
     path = run_dir / CARD
-    durable.write_text(path, card(run_dir, baselines, defaults))
+    durable.write_text(path, card(run_dir, defaults))
     return path
 
 
-def card(
-    run_dir: Path, baselines: Mapping[str, float] | None = None, defaults: Settings | None = None
-) -> str:
+def card(run_dir: Path, defaults: Settings | None = None) -> str:
     """Write the card of a run, as Markdown, from what its folder holds; what is not known is left out.
 
     Args:
         run_dir: a run folder; `config.json` must be there.
-        baselines: losses in nats a token of what the model is to beat, such as the bigram model's.
         defaults: settings of a run that sets nothing; only what differs from them is listed. None lists all.
 
     Raises:
@@ -73,7 +68,7 @@ def card(
         Heading(1, str(config.get("name", run_dir.name))),
         Paragraph(_standing(status)),
         *([Paragraph(f"![Loss against steps]({CURVE})")] if (run_dir / CURVE).exists() else []),
-        *_table("Result", _result(figures, baselines or {})),
+        *_table("Result", _result(figures, read_baselines(run_dir))),
         *_table("Cost", _cost(figures, environment)),
         *_table("What", subject),
         *_table("Where", _place(environment)),
@@ -81,6 +76,19 @@ def card(
         *_again(str(config.get("run_dir", run_dir)), environment),
     ]
     return markdown(blocks)
+
+
+def read_baselines(run_dir: Path) -> dict[str, float]:
+    """Read the losses of what a finished run was to beat, in nats a token, such as the bigram model's.
+
+    Raises:
+        DataError: `status.json`, which has them, was altered.
+    """
+    path = run_dir / "status.json"
+    baselines = read_json(path, needed=False).get("baselines", {})
+    if not (isinstance(baselines, dict) and all(map(is_number, baselines.values()))):
+        raise DataError(f"{path}: baselines={json.dumps(baselines)} are no losses by name; restore the file")
+    return baselines
 
 
 Rows = Iterator[tuple[str, str]]
@@ -177,8 +185,9 @@ def _again(run_dir: str, environment: Settings) -> Iterator[Block]:
         another = "'" + another.replace("'", "\\'") + "'"  # for Hydra, as the name of a sweep's run has an =
     commit = environment.get("commit")
     yield Paragraph(f"To run it again{f', at commit `{commit}`' if commit else ''}:")
-    words = [word for word in command if not word.startswith("run_dir=")]
-    yield Paragraph(f"```sh\n{shlex.join([*words, f'run_dir={another}'])}\n```")
+    words = [word for word in command if not word.startswith(("name=", "run_dir="))]
+    names = [word for word in command if word.startswith("name=")]  # a sweep puts its own behind the other
+    yield Paragraph(f"```sh\n{shlex.join([*words, *names[-1:], f'run_dir={another}'])}\n```")
 
 
 def _standing(status: Settings) -> str:

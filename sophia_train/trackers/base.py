@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class RunInfo:
         config: the resolved configuration, as JSON values.
         resumed_from_step: completed steps of the checkpoint a resumed run starts from; None for a new run.
         total_steps: length of the whole run in steps.
+        data: digests of its tokens, by split; empty if they are not known.
     """
 
     run_dir: Path
@@ -37,6 +38,7 @@ class RunInfo:
     config: dict[str, Any]
     resumed_from_step: int | None
     total_steps: int
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 class Tracker(ABC):

@@ -27,35 +27,52 @@ COMPARED = (
 )
 """Settings, and groups of them, that set runs apart; neither the seed nor what changes no result."""
 
+NOT_COMPARED = frozenset({"data.folder", "data.path", "hessian.micro_batch_size"})
+"""What in those groups a resumed run may have another value of; the same tokens may lie in several places."""
+
+TRIALS = "purpose:tuning"
+"""Tag of the runs that search for settings, which are no samples of the settings that were found."""
+
 
 def labels(run: RunInfo) -> dict[str, str]:
-    """Name a run's `optimizer`, `model`, `data` and `experiment`; what its settings lack is left out.
+    """Name a run's `optimizer`, `model`, `setup`, `data`, `experiment`; what its settings lack is left out.
 
-    Such as `Sophia GNB`, `12x768` (layers x width), `fineweb-edu` and `gpt2_125m_sophia_g`: the run's name
-    without what a sweep adds to it.
+    Such as `Sophia GNB`, `12x768` (layers x width), `Sophia GNB 12x768 2,000 steps`, `fineweb-edu` and
+    `gpt2_125m_sophia_g`: the run's name without what a sweep adds to it. A trial of `scripts/tune.py`, known
+    by its name, also has the `purpose` that is `tuning`.
     """
+    optimizer, model = _optimizer(run.config), _model(run.config.get("model", {}))
     found = {
-        "optimizer": _optimizer(run.config),
-        "model": _model(run.config.get("model", {})),
+        "optimizer": optimizer,
+        "model": model,
+        "setup": " ".join(filter(None, [optimizer, model, f"{run.total_steps:,} steps"])),
         "data": _data(run.config.get("data", {})),
         "experiment": re.split(r"-[\w.]+=", run.name)[0],
+        "purpose": "tuning" if re.search(r"_trial_\d{3,}$", run.name) else "",
     }
     return {kind: label for kind, label in found.items() if label}
 
 
 def group_name(run: RunInfo) -> str:
-    """Name the group of the runs that differ in the seed alone: optimizer, model and a digest of the rest."""
-    compared = {key: run.config.get(key) for key in COMPARED}
-    text = json.dumps(compared, sort_keys=True, default=str)
-    names = labels(run)
-    words = [names[kind] for kind in ("optimizer", "model") if kind in names]
-    return " ".join([*words, hashlib.blake2b(text.encode(), digest_size=4).hexdigest()])
+    """Name the group of the runs that differ in the seed alone: their setup, and a digest of the rest."""
+    text = json.dumps([_compared(run.config), dict(run.data)], sort_keys=True, default=str)
+    return f"{labels(run)['setup']} {hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def optimizer_label(optimizer: str, estimator: str, others: Iterable[str]) -> str:
     """Name optimizers and estimator by their classes, such as `AdamW`, `Sophia GNB` or `Muon + AdamW`."""
     first = optimizer if estimator == "NoHessian" else f"{optimizer} {estimator}".strip()
     return " + ".join([first, *sorted(others)])
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    compared = {}
+    for group in COMPARED:
+        content = config.get(group)
+        if isinstance(content, Mapping):
+            content = {key: content[key] for key in content if f"{group}.{key}" not in NOT_COMPARED}
+        compared[group] = content
+    return compared
 
 
 def _optimizer(config: Mapping[str, Any]) -> str:

@@ -24,9 +24,9 @@ class WandbTracker(Tracker):
     """Logs to Weights & Biases; a resumed run continues its own curve there.
 
     Every metric can be plotted against step, tokens, seconds and flops. Settings come as the run's config,
-    with `labels` added, which are tags, too: `optimizer:Sophia GNB`, `model:12x768`, `data:openwebtext`,
-    `experiment:demo`. At the end its summary gets the figures of `Summary`. Files go to `wandb/` in the
-    run folder; the code, the environment, git remotes (which may hold tokens) and the console are not sent.
+    with `labels` added, which are tags, too, such as `optimizer:Sophia GNB` and `data:openwebtext`. At the
+    end its summary gets the figures of `Summary`. Files go to `wandb/` in the run folder; the code, the
+    environment, git remotes (which may hold tokens) and the console are not sent.
 
     Args:
         project: the project's name.

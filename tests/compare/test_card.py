@@ -42,12 +42,11 @@ def tables(text):
 
 def test_the_figures_are_those_of_the_metrics(finished):
     metrics = read_metrics(finished / "metrics.jsonl")
-    last, rows = metrics[-1], tables(card(finished, {"bigram": 1.25}))
+    last, rows = metrics[-1], tables(card(finished))
     losses = {one["step"]: one["val/loss"] for one in metrics if "val/loss" in one}
     best = min(losses, key=losses.__getitem__)
     assert rows["validation loss"] == [f"{last['val/loss']:.4f} nats a token"]
     assert rows["lowest"] == [f"{losses[best]:.4f} at step {best}"]
-    assert rows["bigram model"] == ["1.2500"]
     assert rows["steps"] == ["6"] and rows["tokens"] == [f"{last['tokens']:,}"]
     assert rows["FLOPs"][0].startswith(f"{last['flops']:.4g},")
     assert rows["time"] == [f"{last['seconds']:.1f} s"]
@@ -61,8 +60,9 @@ def test_the_figures_are_those_of_the_metrics(finished):
     assert rows["skipped steps"] == ["0"]
 
 
-def test_what_was_not_measured_is_not_there(finished):
-    rows = tables(card(finished))
+def test_what_was_not_measured_is_not_there(copied):
+    (copied / "status.json").unlink()
+    rows = tables(card(copied))
     assert not {"GPU hours", "model FLOPs utilisation", "peak memory of a GPU", "cuda"} & rows.keys()
     assert not {"unigram model", "bigram model"} & rows.keys()
 
@@ -127,6 +127,15 @@ def test_a_folder_with_signs_that_hydra_reads_is_quoted_for_it(copied):
     assert compose([command[-1]]).run_dir == f"{folder}-again"
 
 
+def test_of_several_names_the_command_has_the_one_that_held(copied):
+    environment = json.loads((copied / "environment.json").read_text())
+    words = ["python", "-m", "sophia_train", "name=a", "seed=1", "name='a-seed=1'"]
+    (copied / "environment.json").write_text(json.dumps({**environment, "command": words}))
+    command = shlex.split(card(copied).partition("```sh\n")[2].partition("\n```")[0])
+    assert [word for word in command if word.startswith("name=")] == ["name='a-seed=1'"]
+    assert compose(command[3:]).name == compose(words[3:]).name == "a-seed=1"
+
+
 def test_the_curve_is_linked_where_it_is(copied):
     assert "![Loss against steps](loss.png)" in card(copied)
     (copied / "loss.png").unlink()
@@ -154,7 +163,7 @@ def test_a_folder_of_settings_alone_has_a_card(copied, tmp_path):
 
 
 def test_it_is_one_page(finished, defaults):
-    assert len(card(finished, {"unigram": 3.0, "bigram": 2.0}, defaults).splitlines()) < 90
+    assert len(card(finished, defaults).splitlines()) < 90
 
 
 @pytest.mark.parametrize(
@@ -165,6 +174,8 @@ def test_it_is_one_page(finished, defaults):
         ("config.json", '{"model": 5}', "config.json is not of a run"),
         ("environment.json", "[]", "environment.json, line 1"),
         ("status.json", "\xff", "status.json, line 1"),
+        ("status.json", '{"baselines": [1]}', "status.json: baselines"),
+        ("status.json", '{"baselines": {"bigram": "low"}}', "status.json: baselines"),
         ("metrics.jsonl", "{}\n", "metrics.jsonl, line 1"),
     ],
 )
@@ -179,6 +190,16 @@ def test_a_damaged_file_is_named(name, content, reason, copied):
 def test_settings_are_needed(tmp_path):
     with pytest.raises(MissingInputError, match=r"config\.json is not there; give the folder that has it"):
         card(tmp_path)
+
+
+def test_the_script_writes_what_the_run_wrote(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / finished.name)
+    for name in ("card.md", "loss.png"):
+        (folder / name).unlink()
+    assert load_script("card").main([str(folder)]) == 0
+    assert {"unigram model", "bigram model"} <= tables((folder / "card.md").read_text()).keys()
+    for name in ("card.md", "loss.png"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_the_script_writes_cards_and_draws_curves_that_are_missing(copied, capsys):

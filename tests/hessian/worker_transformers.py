@@ -11,6 +11,7 @@ if __name__ == "__main__":
     import transformers
     from test_transformers_callback import DISTRIBUTED, gpt2, make_trainer, sophia, watcher
 
+    from sophia_train.distributed import end_process
     from sophia_train.hessian.transformers_callback import SophiaCallback
 
     folder = Path(sys.argv[1])
@@ -29,3 +30,4 @@ if __name__ == "__main__":
         trainer.train()
         torch.save(watch.seen[0], folder / f"{name}_{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
+    end_process(0)

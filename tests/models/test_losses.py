@@ -159,7 +159,7 @@ def test_rare_words_are_drawn_as_often_as_they_should_be(rare, tokens, chance):
 
 
 def test_rounding_changes_labels_only_where_words_nearly_tie():
-    """So often, at least, as it moves the distributions; the inverse of summed probabilities would far more."""
+    """As often as it moves the distributions; the inverse of summed probabilities would change far more."""
     n, generator = 2000, torch.Generator().manual_seed(1)
     logits = torch.randn(n, 3 * CLASSES, generator=generator) * 2
     rounded = logits + torch.randn(logits.shape, generator=generator) * 0.03

@@ -8,13 +8,14 @@ from sophia_train.trackers.base import RunInfo
 def run_info(tmp_path):
     """Describe a run in a temporary folder, new or resumed."""
 
-    def describe(resumed_from_step=None, total_steps=100, name="trial", config=None):
+    def describe(resumed_from_step=None, total_steps=100, name="trial", config=None, data=None):
         return RunInfo(
             run_dir=tmp_path,
             name=name,
             config=config or {"model": {"n_layer": 2}, "seed": 1},
             resumed_from_step=resumed_from_step,
             total_steps=total_steps,
+            data=data or {},
         )
 
     return describe
@@ -26,7 +27,8 @@ def run_of(run_info):
 
     def describe(*overrides, **options):
         config = run_config(compose(overrides))
-        return run_info(name=config.name, config=to_json(config), **options)
+        steps = config.total_steps(config.model.block_size)
+        return run_info(name=config.name, config=to_json(config), total_steps=steps, **options)
 
     return describe
 

@@ -12,7 +12,7 @@ from trackers.offline_runs import config, history, of_kind, offline_folders, rea
 from sophia_train.errors import ConfigError, DataError, UnavailableError
 from sophia_train.trackers.base import AXES
 from sophia_train.trackers.jsonl import FILE_NAME, JsonlTracker, read_metrics
-from sophia_train.trackers.labels import group_name
+from sophia_train.trackers.labels import TRIALS, group_name
 from sophia_train.trackers.wandb import WandbTracker
 
 wandb = pytest.importorskip("wandb")
@@ -62,7 +62,7 @@ def test_an_offline_run_holds_every_record_with_its_axes(run_info, record, tmp_p
         "sophia_train",
         "trial",
         "trials",
-        ["experiment:trial", "a", "b"],
+        ["setup:100 steps", "experiment:trial", "a", "b"],
     )
     assert config(written)["model"] == {"n_layer": 2}
     assert [each.exit_code for each in of_kind(written, "exit")] == [7]
@@ -86,17 +86,29 @@ def test_group_tags_and_labels_come_from_the_settings(run_of, record, tmp_path):
     written = read(folder)
     sent = of_kind(written, "run")[0]
     assert sent.run_group == group_name(run_of("experiment=demo", "seed=4"))
-    labels = {"optimizer": "Sophia GNB", "model": "4x128", "data": "PythonStdlib", "experiment": "demo"}
+    labels = {
+        "optimizer": "Sophia GNB",
+        "model": "4x128",
+        "setup": "Sophia GNB 4x128 600 steps",
+        "data": "PythonStdlib",
+        "experiment": "demo",
+    }
     assert list(sent.tags) == [*(f"{kind}:{label}" for kind, label in labels.items()), "mine"]
     assert config(written)["labels"] == labels
     assert config(written) | run.config == config(written), "all settings are there as they are"
+
+
+def test_a_trial_of_a_search_has_its_tag(run_info, record, tmp_path):
+    run_offline(run_info(name="adamw_trial_000"), [record(1)])
+    (folder,) = offline_folders(tmp_path)
+    assert TRIALS in of_kind(read(folder), "run")[0].tags
 
 
 def test_a_long_name_is_cut_to_a_tag_that_the_service_takes(run_info, record, tmp_path):
     run_offline(run_info(name="n" * 200), [record(1)])
     (folder,) = offline_folders(tmp_path)
     sent = of_kind(read(folder), "run")[0]
-    assert sent.display_name == "n" * 200 and list(sent.tags) == ["experiment:" + "n" * 53]
+    assert sent.display_name == "n" * 200 and "experiment:" + "n" * 53 in sent.tags
 
 
 def test_the_summary_is_of_all_invocations(run_info, record, tmp_path):
