@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from sophia_train import checkpoint, parallel
-from sophia_train.collectives import gather, sum_over_processes
+from sophia_train.collectives import gather, sum_over_processes, together
+from sophia_train.data.base import SPLITS, Data
 from sophia_train.data.batches import Batches, document_blocks, validation_blocks
 from sophia_train.data.token_files import Tokens
 from sophia_train.data.tokenizers import Tokenizer
+from sophia_train.distributed import PREPARATION
 from sophia_train.errors import ConfigError
 from sophia_train.gradients import evaluation_mode
 from sophia_train.hessian.base import Estimator, HessianUpdater, Replica
@@ -29,6 +32,20 @@ from sophia_train.trainer import Trainer
 GRADIENT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Splits = tuple[Tokens, Tokens]  # of training and of validation
+
+
+def open_splits(data: Data, accelerator: Accelerator) -> Splits:
+    """Open the tokens of a run, of whose files each process verifies a share.
+
+    Raises:
+        MissingInputError, DataError: as `Data.open`, on all processes.
+    """
+    # all files on each machine, which may have copies of its own
+    share = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    opened: list[Tokens] = []
+    together(lambda: opened.extend(data.open(split, share) for split in SPLITS), PREPARATION)
+    training, validation = opened
+    return training, validation
 
 
 def build_trainer(

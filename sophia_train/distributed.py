@@ -30,7 +30,7 @@ COMMON_FAILURE_SECONDS = 3.0
 """Processes that all fail within this time have failed for the same reason."""
 
 PREPARATION = timedelta(days=7)
-"""How long the others wait for rank 0 to prepare the data; collectives of the training wait for minutes."""
+"""How long processes wait for data to be prepared and verified; collectives of the training: minutes."""
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -10,7 +10,14 @@ from accelerate import Accelerator
 from rich.table import Column, Table
 
 from sophia_train import checkpoint, compile_cache, distributed
-from sophia_train.assembly import GRADIENT_TYPES, Splits, build_trainer, micro_batch_size_of, shards_of
+from sophia_train.assembly import (
+    GRADIENT_TYPES,
+    Splits,
+    build_trainer,
+    micro_batch_size_of,
+    open_splits,
+    shards_of,
+)
 from sophia_train.compare.card import write_card
 from sophia_train.compare.curves import plot_run
 from sophia_train.config import compose, run_config
@@ -85,7 +92,7 @@ def _train(config: RunConfig, accelerator: Accelerator) -> None:
 
         distributed.main_process_first(accelerator, claim)
         start = folder.starting_point(config.resume)
-        splits = data.open("train"), data.open("validation")
+        splits = open_splits(data, accelerator)
         init_from = config.init_from if start is None else None  # may be gone by the time of a resume
         trainer = build_trainer(config, init_from, splits, tokenizer, trackers, accelerator)
         if start is not None:

@@ -47,8 +47,12 @@ class Data(ABC):
         """Make the token files unless they are there; one process calls this before any calls `open`."""
 
     @abstractmethod
-    def open(self, split: Split) -> "Tokens":
+    def open(self, split: Split, share: tuple[int, int] = (0, 1)) -> "Tokens":
         """Open the tokens of one split.
+
+        Args:
+            split: which one.
+            share: number i and count n: verify this one's of n shares of the files, of all of them the size.
 
         Raises:
             MissingInputError: a file is not there.

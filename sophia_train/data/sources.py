@@ -116,9 +116,9 @@ class TextData(Data):
             progress=progress,
         )
 
-    def open(self, split: Split) -> Tokens:
-        """Open the tokens of one split; raises as `open_prepared`."""
-        return open_prepared(self.prepared_folder, split, self.tokenizer_name, self.verify)
+    def open(self, split: Split, share: tuple[int, int] = (0, 1)) -> Tokens:
+        """Open the tokens of one split; arguments and errors as of `open_prepared`."""
+        return open_prepared(self.prepared_folder, split, self.tokenizer_name, self.verify, share)
 
     def describe(self) -> str:
         """Say in one line what the data is, how many tokens, and where."""

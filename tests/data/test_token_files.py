@@ -1,13 +1,21 @@
 """Token files of every format read equal, and each kind of damage is refused by the name of its file."""
 
+import functools
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from support import InMemory
+from test_collectives import in_two_processes
 
+from sophia_train.assembly import open_splits
+from sophia_train.collectives import gather
 from sophia_train.data.prepare import prepare
 from sophia_train.data.token_files import LLMC_MAGIC, TokenFiles, Tokens, open_prepared
 from sophia_train.data.tokenizers import Bytes
@@ -194,6 +202,55 @@ def test_a_folder_without_manifest_is_not_prepared(prepared: Path) -> None:
     (prepared / "manifest.json").unlink()
     with pytest.raises(MissingInputError, match="prepared is not a prepared data folder.*prepare_data"):
         open_prepared(prepared, "train", "bytes", verify=True)
+
+
+def open_on_two(path: Path, rank: int) -> list[list[str]]:
+    """Open a folder's tokens on one of two processes; returns the names of the files that each verified."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    verified, read, digest = [], Tokens.read, hashlib.file_digest
+
+    def read_tokens(tokens: Tokens, start: int, count: int) -> np.ndarray:
+        verified.append(tokens.shards[0].path.name)
+        return read(tokens, start, count)
+
+    def digest_file(file: Any, kind: str) -> Any:
+        verified.append(Path(file.name).name)
+        return digest(file, kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokens, "read", read_tokens)
+        patch.setattr(hashlib, "file_digest", digest_file)
+        data = TokenFiles(path=str(path), tokenizer="bytes")
+        open_splits(data, SimpleNamespace(local_process_index=rank))  # type: ignore[arg-type]
+    return gather(verified)
+
+
+def verify_shares(path: Path, rank: int) -> None:
+    by_process = open_on_two(path, rank)
+    assert all(by_process)
+    assert sorted(name for each in by_process for name in each) == sorted(f.name for f in path.glob("*.bin"))
+
+
+def refuse(path: Path, damaged: str, rank: int) -> None:
+    with pytest.raises(DataError, match=damaged):
+        open_on_two(path, rank)
+
+
+@pytest.mark.parametrize("kind", ["prepared", "raw"])
+def test_of_two_processes_each_verifies_a_share_and_both_refuse_damage(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue("prepared") if kind == "prepared" else tmp_path
+    if kind == "raw":
+        for number in range(3):
+            write_raw(folder / f"train_{number}.bin", np.arange(200) % 256)
+            write_raw(folder / f"val_{number}.bin", np.arange(100) % 256)
+    in_two_processes(functools.partial(verify_shares, folder))
+    for path in sorted(folder.glob("*.bin"))[:3]:
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + b"\xff")
+        in_two_processes(functools.partial(refuse, folder, path.name))
+        path.write_bytes(good)
 
 
 def test_llmc_files_must_agree_with_their_header(tmp_path: Path, ids: np.ndarray) -> None:
