@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,8 @@ COMMON_FAILURE_SECONDS = 3.0
 
 PREPARATION = timedelta(days=7)
 """How long processes wait for data to be prepared and verified; collectives of the training: minutes."""
+
+_JOINED = threading.Event()  # whether there has been a group, which may be left again
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -65,6 +68,7 @@ def start(precision: str, processes: int | None, gradient_type: torch.dtype = to
         kwargs_handlers=[ddp],
         cpu=not has_gpu,  # else it takes a Mac's GPU, and several processes for as many runs of one
     )
+    _JOINED.set()
     accelerator.wait_for_everyone()  # one that fails from here on finds no other still connecting to it
     _set_up_logger(accelerator.is_main_process)
     if accelerator.num_processes != asked:
@@ -132,7 +136,8 @@ def failure(error: BaseException) -> Failure:
     """Find out, in a process that fails, whether the others do.
 
     Those of an error that is common by itself are not asked: rank 0 may still have much to write before it
-    could answer.
+    could answer. Nor are they before there is a group, as for a wrong setting: then the others give rank 0
+    time to speak, which a launcher ends with the first process that ends.
 
     Args:
         error: that this process fails with.
@@ -142,6 +147,8 @@ def failure(error: BaseException) -> Failure:
             signal.signal(number, signal.SIG_IGN)
         if not (isinstance(error, RunError) and error.common):
             return _vote()
+    elif not _JOINED.is_set() and not is_first_process():
+        time.sleep(COMMON_FAILURE_SECONDS)
     return Failure(common=True, told_here=is_first_process())
 
 
