@@ -14,7 +14,7 @@ as PNG and SVG.
               does, mid-schedule; a bound, such as < 1.00, where a run never gets there
   seconds     of steady training, without start-up, evaluations and checkpoints
   unequal     everything that differs between groups and is not the optimizer or its rates; with --tuning, the
-              trials that went into their settings, too
+              way their settings were found, too
 """
 
 import argparse
