@@ -89,6 +89,12 @@ def test_torchrun_with_another_number_is_refused(torchrun, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def run_as_one_of(processes, program):
+    """Run Python's words as a launcher of so many processes would."""
+    environment = {**os.environ, **ENVIRONMENT, "WORLD_SIZE": str(processes)}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(("processes", "said"), [(1, ["before", "taken apart"]), (2, ["before"])])
 def test_one_process_of_several_ends_without_taking_the_interpreter_apart(processes, said):
     """A thread that asks for the interpreter's lock meanwhile would abort it."""
@@ -96,8 +102,7 @@ def test_one_process_of_several_ends_without_taking_the_interpreter_apart(proces
         "import atexit, sophia_train.distributed as it; atexit.register(print, 'taken apart');"
         "print('before'); it.end_process(75)"
     )
-    environment = {**os.environ, **ENVIRONMENT, "WORLD_SIZE": str(processes)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = run_as_one_of(processes, program)
     assert done.returncode == 75 and done.stdout.splitlines() == said
 
 
@@ -108,8 +113,7 @@ def test_one_process_of_several_ends_without_taking_the_interpreter_apart(proces
 )
 def test_output_that_cannot_be_written_does_not_change_the_code(output):
     program = f"import sys, sophia_train.distributed as it; {output}; it.end_process(75)"
-    environment = {**os.environ, **ENVIRONMENT, "WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = run_as_one_of(2, program)
     assert (done.returncode, done.stderr) == (75, "")
 
 
@@ -119,8 +123,7 @@ def test_so_does_one_with_a_defect_which_is_shown_as_ever(processes, said):
         "import atexit; from sophia_train.launch import launch; atexit.register(print, 'taken apart');"
         "launch(lambda config: 1 / 0)"
     )
-    environment = {**os.environ, **ENVIRONMENT, "WORLD_SIZE": str(processes)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = run_as_one_of(processes, program)
     assert done.returncode == 1 and done.stdout.splitlines() == said
     assert done.stderr.startswith("Traceback") and done.stderr.count("Traceback") == 1
     assert done.stderr.splitlines()[-2:] == ["ZeroDivisionError: division by zero", "in process 0"]

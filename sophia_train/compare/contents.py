@@ -228,7 +228,7 @@ def _verdict(row: Row, baseline: Row) -> str:
         return f"{words} with one seed, which shows nothing."
     shown = interval.low > 0 or interval.high < 0
     words += f" ({ends_text(interval, '+.4f')}): {'a' if shown else 'no'} difference shown"
-    share = row.group.total_steps / baseline.group.total_steps
+    share = row.group.compared_step / baseline.group.compared_step
     if share == 1:
         return f"{words}."
     if shown:

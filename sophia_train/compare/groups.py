@@ -51,6 +51,11 @@ class Group:
         return self.runs[0].total_steps
 
     @property
+    def compared_step(self) -> int:
+        """Where it is compared: the end of its schedule, or an earlier step that was asked for."""
+        return self.runs[0].compared_step
+
+    @property
     def parameters(self) -> int:
         """Size of its model, embeddings included."""
         return self.runs[0].parameters

@@ -320,9 +320,10 @@ def _costs(target: float, curve: Sequence[Mapping[str, float]]) -> dict[str, Cos
 
 
 def _lengths(rows: Sequence[Row], baseline: Group | None) -> list[Lengths]:
-    """Put the best rows of each optimizer and length together, where there are several lengths."""
+    """Put the best rows of each optimizer and length together, where there are ends of several lengths."""
     found: dict[str, list[Row]] = {}
-    for row in reversed(best_by_length(rows)):  # by increasing length
+    ends = [row for row in rows if row.group.compared_step == row.group.total_steps]
+    for row in reversed(best_by_length(ends)):  # by increasing length
         found.setdefault(row.group.optimizer, []).append(row)
     return [
         Lengths(

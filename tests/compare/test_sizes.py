@@ -127,6 +127,17 @@ def test_the_end_as_a_step_is_not_mid_schedule_for_a_run_that_ends_there(compare
     assert "**mid-schedule**: step 50 of 100 (AdamW 100 steps); step 50 of 50 (AdamW 50 steps)" in out
 
 
+def test_at_the_same_step_no_length_is_compared(compare, make_run):
+    """What is not the end of a schedule says nothing of its length, and both have made as many steps."""
+    adamw = [make_run(f"a{steps}", interval=10, max_steps=steps, losses=(5, 4, 3)) for steps in (100, 50)]
+    sophia = [
+        make_run(f"s{steps}", interval=10, max_steps=steps, losses=(5, 4, 2.9), **SOPHIA)
+        for steps in (100, 50)
+    ]
+    _, out, _ = compare(*adamw, *sophia, "--at-step", "20")
+    assert "Length of the schedule" not in out and "of the steps" not in out and "ends of its" not in out
+
+
 def test_steps_that_a_run_does_not_have_are_named(compare, make_run):
     run = make_run("a1")
     code, _, err = compare(run, "--at-step", "101")
